@@ -1,0 +1,64 @@
+"""bnsharp: scale-invariant sharpness of neural-network minima, measured and regularised.
+
+Names are imported when they are first used, so that ``import bnsharp`` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnsharp import algorithms, data, directions, geometry, laws, measures, models, profiles, reduce, regularizers
+    from bnsharp.groups import ScaleGroups, scale_groups
+    from bnsharp.loop import backward
+    from bnsharp.measures import Measure
+    from bnsharp.modes import exact_norms
+    from bnsharp.objective import Engine, Objective
+    from bnsharp.params import parameters
+    from bnsharp.partition import Group
+    from bnsharp.trainer import Trainer
+    from bnsharp.types import DivergedError, Estimate, InputError, Step
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "parameters": "params",
+    "Objective": "objective",
+    "Engine": "objective",
+    "scale_groups": "groups",
+    "ScaleGroups": "groups",
+    "Group": "partition",
+    "exact_norms": "modes",
+    "Measure": "measures",
+    "backward": "loop",
+    "Trainer": "trainer",
+    "DivergedError": "types",
+    "Estimate": "types",
+    "InputError": "types",
+    "Step": "types",
+}
+_MODULES = (
+    "algorithms", "data", "directions", "geometry", "laws", "measures", "models", "profiles", "reduce", "regularizers",
+)
+
+__all__ = [
+    "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "ScaleGroups", "Step",
+    "Trainer", "algorithms", "backward", "data", "directions", "exact_norms", "geometry", "laws", "measures", "models",
+    "parameters", "profiles", "reduce", "regularizers", "scale_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"bnsharp.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"bnsharp.{name}")
+    else:
+        raise AttributeError(f"module 'bnsharp' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,250 @@
+"""Directions: which perturbations are tried. Draw and integrate, ascend to the sharpest, or take given ones.
+
+Each is a frozen value called as ``(score, geometry, θ, generator) -> Found``. ``score(u [n])`` gives the values, the
+gradients ``∂/∂u`` and whatever its owner wants kept of the best direction, so that training pays for nothing twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bnsharp import params as P
+from bnsharp.geometry import Geometry
+from bnsharp.laws import Law, Sphere
+from bnsharp.types import Found, InputError, Params, Scored
+
+
+class SearchScore(Protocol):
+    """What a search maximises; see :class:`bnsharp.types.Score`."""
+
+    def slope(self) -> Params: ...
+
+    def __call__(self, u: Params, last: bool = False) -> Scored: ...
+
+
+class Directions(Protocol):
+    """``(score, geometry, θ, generator) -> Found``."""
+
+    def __call__(
+        self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator
+    ) -> Found: ...
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if value != int(value) or value < least:
+        raise InputError(f"{name}={value}; expected a whole number of at least {least}")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """``n`` independent draws of a law; each is remade from its own seed when asked for, never n at once."""
+
+    law: Law
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count("draws", self.n, 1)
+
+    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
+        seeds, device = P.random_seeds(generator, self.n), P.first(params).device
+        return Found(
+            P.Lazy(self.n, lambda i: self.law(geometry.ball, params, P.seeded(seeds[i], device)))  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """Directions given in unit coordinates: a batch ``[n]`` or one point."""
+
+    u: Params
+
+    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
+        return Found(self.u if self.u.batch_size else P.batch(self.u))
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Where a batch of searches stands: the current and the best points with their scores."""
+
+    u: Params
+    scored: Scored
+    best: Params
+    best_scored: Scored
+    rate: Tensor
+    power: Tensor  # [n] bool: the next step is a power step
+    moved: Tensor  # [n] bool: the best point has changed since a power step from it failed
+
+
+Rule = Callable[["Ascend", Climb, Geometry, Params], Params]
+
+
+@dataclass(frozen=True)
+class Ascend:
+    """Search for the sharpest direction on the sphere of the geometry's ball, keeping the best one seen.
+
+    Start: ``argmax_u ⟨∂L/∂u, u⟩`` ("steepest", Yi et al. 2019, eq. 6), random for groups whose gradient is negligible;
+    ``restarts`` more starts are uniform on the sphere. Then ``steps`` steps by ``rule``:
+
+    - ``"riemannian"`` (eq. 12-14, 17): ``u_i ← (u_i + η√K g_i/‖g‖)/‖·‖``, g the tangent gradient, η halved when the
+      score falls;
+    - ``"power"``: ``u_i ← g_i/‖g_i‖``, no step size;
+    - ``"alternate"``: from the best point, power steps while they raise the score, then Riemannian steps while they do,
+      and so on: neither rule alone is enough on every landscape.
+
+    Every step costs one score. ``coordinates="ambient"`` takes the paper's literal step on v with one scalar step size,
+    which is not equivariant under ``T_a``; ``"unit"`` is.
+
+    Raises:
+        InputError: negative steps or restarts, an unknown rule or coordinates, a rate that is not in (0, ∞).
+    """
+
+    steps: int = 0
+    restarts: int = 0
+    rule: str = "alternate"
+    rate: float = 0.5
+    coordinates: str = "unit"
+
+    def __post_init__(self) -> None:
+        _check_count("steps", self.steps, 0)
+        _check_count("restarts", self.restarts, 0)
+        if self.rule not in RULES:
+            raise InputError(f"rule={self.rule!r}; expected one of {sorted(RULES)}")
+        if self.coordinates not in ("unit", "ambient"):
+            raise InputError(f"coordinates={self.coordinates!r}; expected 'unit' or 'ambient'")
+        if not (math.isfinite(self.rate) and self.rate > 0):
+            raise InputError(f"rate={self.rate}; expected a finite rate > 0")
+
+    def starts(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Params:
+        """The steepest start and the random ones: a batch ``[1 + restarts]``."""
+
+        def sphere() -> Params:
+            return Sphere()(geometry.ball, params, generator)
+
+        first = geometry.steepest(score.slope(), params, sphere)
+        if not self.restarts:
+            return P.batch(first)
+        return P.stack([first, *(geometry.ball.power(s, s) for s in (sphere() for _ in range(self.restarts)))])
+
+    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
+        u = self.starts(score, geometry, params, generator)
+        if not self.steps and not self.restarts:
+            return Found(u)
+        scored = score(u, last=self.steps == 0)
+        n = len(scored.value)
+        climb = Climb(u, scored, u, scored, scored.value.new_full((n,), self.rate),
+                      *(torch.ones(n, dtype=torch.bool, device=scored.value.device) for _ in range(2)))
+        for step in range(self.steps):
+            candidate = RULES[self.rule](self, climb, geometry, params)
+            scored = score(candidate, last=step == self.steps - 1)
+            climb = self._advance(climb, candidate, scored)
+        return Found(climb.best, climb.best_scored)
+
+    def uphill(self, u: Params, g: Params, rate: Tensor, geometry: Geometry, params: Params) -> Params:
+        """One Riemannian step of length ``η√K`` (ambient: of length ``η‖v‖`` on v)."""
+        scale = geometry.scale(params)
+        if self.coordinates == "ambient":
+            u_to_v = P.pmap(lambda s: torch.where(s > 0, 1 / torch.where(s > 0, s, 1.0), 0.0), scale)
+            tangent = geometry.ball.tangent(u, g)
+            xi = P.pmap(lambda a, r: a * r, tangent, u_to_v)  # the gradient with respect to v
+            length = P.norm(P.pmap(lambda a, s: a * s, u, scale))
+            move = P.pmap(lambda a, r: a * r, xi, u_to_v)  # back in unit coordinates
+            norm = P.norm(xi)
+        else:
+            move = geometry.ball.tangent(u, g)
+            length = geometry.count(params).sqrt()
+            norm = P.norm(move)
+        factor = P.safe_divide(rate * length, norm)
+        stepped = P.pmap(lambda a, b: a + factor.reshape(-1, *[1] * (a.ndim - 1)) * b, u, move)
+        return geometry.ball.retract(stepped)
+
+    def _advance(self, climb: Climb, candidate: Params, scored: Scored) -> Climb:
+        better = scored.value > climb.best_scored.value
+        fell = scored.value <= climb.scored.value
+        return Climb(
+            candidate,
+            scored,
+            P.where(better, candidate, climb.best),
+            _choose(better, scored, climb.best_scored),
+            # a fallen power step says nothing about the Riemannian step's size
+            torch.where(fell & ~(climb.power & (self.rule == "alternate")), climb.rate / 2, climb.rate),
+            torch.where(better, climb.power, ~climb.power & climb.moved),
+            torch.where(better, ~climb.power, climb.moved & ~climb.power),
+        )
+
+
+def _choose(condition: Tensor, a: Scored, b: Scored) -> Scored:
+    return Scored(*(P.where(condition, getattr(a, name), getattr(b, name)) for name in ("value", "gradient", "extra")))
+
+
+def _riemannian(search: Ascend, at: Climb, geometry: Geometry, params: Params) -> Params:
+    return search.uphill(at.best, at.best_scored.gradient, at.rate, geometry, params)
+
+
+def _power(search: Ascend, at: Climb, geometry: Geometry, params: Params) -> Params:
+    return geometry.ball.power(at.u, at.scored.gradient)
+
+
+def _alternate(search: Ascend, at: Climb, geometry: Geometry, params: Params) -> Params:
+    g = at.best_scored.gradient
+    if bool(at.power.all()):
+        return geometry.ball.power(at.best, g)
+    walk = search.uphill(at.best, g, at.rate, geometry, params)
+    return P.where(at.power, geometry.ball.power(at.best, g), walk) if bool(at.power.any()) else walk
+
+
+RULES: dict[str, Rule] = {"riemannian": _riemannian, "power": _power, "alternate": _alternate}
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """The largest eigenvalue of ``M`` for a quadratic score ``uᵀMu`` on a joint ball (full reorthogonalisation).
+
+    ``error`` of what it finds is the residual ``‖M u − λ u‖``: an eigenvalue lies within it. It stops when the residual
+    is below ``tolerance·|λ|`` or after ``iterations`` products, all basis vectors being kept.
+    """
+
+    iterations: int = 60
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_count("iterations", self.iterations, 1)
+
+    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
+        q = Sphere()(geometry.ball, params, generator)
+        alphas: list[Tensor] = []
+        betas: list[Tensor] = []
+        basis: list[Params] = []
+        for _ in range(min(self.iterations, P.numel(params))):
+            basis.append(q)
+            w = P.scaled(P.pick(score(P.batch(q)).gradient, 0), 0.5)
+            alphas.append(P.dot(q, w))
+            for _ in range(2):  # twice is enough (Kahan, Parlett)
+                for b in basis:
+                    w = P.combine(1.0, w, -P.dot(b, w), b)
+            beta = P.norm(w)
+            values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+            residual = (beta * vectors[-1, -1]).abs()
+            scale = values.abs().max()
+            if residual <= self.tolerance * values[-1].abs() or beta <= 1e-14 * scale:
+                break
+            betas.append(beta)
+            q = P.scaled(w, 1 / beta)
+        u = P.zeros_like(params)
+        for c, b in zip(vectors[:, -1], basis, strict=True):
+            u = P.combine(1.0, u, c, b)
+        u = P.batch(P.scaled(u, 1 / P.norm(u)))
+        return Found(u, error=float(residual))
+
+
+def _tridiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+    matrix = torch.diag(torch.stack(alphas).double())
+    if betas:
+        off = torch.stack(betas[: len(alphas) - 1]).double()
+        matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
+    return matrix

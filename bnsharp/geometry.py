@@ -1,0 +1,283 @@
+"""Geometry = scale × ball: which perturbations ``v = s(θ) ⊙ u`` are allowed.
+
+The ball is a set of unit directions u: joint (``‖u‖ ≤ 1``), groupwise (``‖u_i‖ ≤ 1`` for each group) or a box
+(``|u_j| ≤ 1``). The scale ``s(θ)`` is a constant, the group norms ``‖θ_i‖`` (what makes a measure invariant under
+``T_a``), or a magnitude ``|θ_j| + η``. Everything that should be invariant is computed in u.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bnsharp import params as P
+from bnsharp.partition import Partition, map_blocks, total
+from bnsharp.types import InputError, Params
+
+NEGLIGIBLE = 1e-12
+"""A group's gradient is negligible when its norm is below this fraction of the sum over groups."""
+
+
+class Groups(Protocol):
+    """What a geometry needs of scale groups (``bnsharp.ScaleGroups``)."""
+
+    @property
+    def partition(self) -> Partition: ...
+
+    def partition_with(self, params: Params, rest: str = "tensor") -> Partition: ...
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name}={value}; expected a finite {name} > 0")
+
+
+# ---------------------------------------------------------------- scales
+
+
+@dataclass(frozen=True)
+class Constant:
+    """``s(θ) = value``."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _positive("scale", self.value)
+
+    def __call__(self, params: Params) -> Params:
+        return P.pmap(lambda p: p.new_full((1,) * p.ndim, self.value), params)
+
+
+@dataclass(frozen=True)
+class GroupNorms:
+    """``s(θ) = radius · ‖θ_i‖`` on group i: ``s(T_a θ) = a_i s(θ)``; a group of norm zero is not perturbed."""
+
+    groups: Groups
+    radius: float = 1.0
+    rest: str = "tensor"
+
+    def __post_init__(self) -> None:
+        _positive("radius", self.radius)
+
+    def __call__(self, params: Params) -> Params:
+        partition = self.groups.partition_with(params, self.rest)
+        return partition.spread([self.radius * n for n in partition.norms(params)], params)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """``s(θ)_j = radius · (|θ_j| + η)`` (adaptive sharpness, ASAM; Keskar's box with η = 1)."""
+
+    radius: float = 1.0
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("radius", self.radius)
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise InputError(f"eta={self.eta}; expected a finite eta >= 0")
+
+    def __call__(self, params: Params) -> Params:
+        return P.pmap(lambda p: self.radius * (p.abs() + self.eta), params)
+
+
+class Scale(Protocol):
+    """``θ ↦ s(θ)``, tensors that broadcast against each parameter; differentiable in θ."""
+
+    def __call__(self, params: Params) -> Params: ...
+
+
+# ---------------------------------------------------------------- balls
+
+
+class PartitionBall:
+    """The product of unit balls over the groups of a partition (abstract: subclasses give the partition)."""
+
+    def partition(self, like: Params) -> Partition:
+        raise NotImplementedError
+
+    def invariant(self, like: Params) -> Partition:
+        """The groups along whose radius the loss does not change: none, unless the ball knows scale groups."""
+        return Partition(())
+
+    def coordinate_std(self, like: Params) -> Params:
+        """``1/√d_i`` per coordinate: ``E ‖u_i‖² = 1``."""
+        partition, x = self.partition(like), P.first(like)
+        return partition.spread(
+            [x.new_full((g.blocks,), d**-0.5) for g, d in zip(partition, partition.sizes(like), strict=True)], like
+        )
+
+    def count(self, scale: Params, like: Params) -> Tensor:
+        """``K``, the number of groups that the scale perturbs at all."""
+        return total([(n > 0).to(n.dtype) for n in self._scale_norms(scale, like)])
+
+    def steepest(self, g: Params, scale: Params, fill: Callable[[], Params]) -> Params:
+        """``argmax_{u ∈ ball} ⟨g, u⟩ = g_i/‖g_i‖``; ``fill()`` for perturbed groups with a negligible gradient."""
+        partition = self.partition(g)
+        norms = partition.norms(g)
+        threshold = NEGLIGIBLE * total(norms)
+        missing = map_blocks(
+            lambda n, s: (n <= threshold) & (s > 0), norms, self._scale_norms(scale, g)
+        )
+        u = partition.normalize(g)
+        if not any(bool(m.any()) for m in missing):
+            return u
+        mask = partition.spread([m.to(n.dtype) for m, n in zip(missing, norms, strict=True)], g)
+        return P.pmap(lambda a, b, m: torch.where(m.bool(), b, a), u, fill(), mask)
+
+    def tangent(self, u: Params, g: Params) -> Params:
+        """``g_i − ⟨u_i, g_i⟩ u_i``: the Riemannian gradient on the product of unit spheres."""
+        return self.partition(u).project(g, u)
+
+    def retract(self, u: Params) -> Params:
+        """``u_i / ‖u_i‖``: back to the product of unit spheres."""
+        return self.partition(u).normalize(u)
+
+    def power(self, u: Params, g: Params) -> Params:
+        """``g_i / ‖g_i‖``, the maximiser of the linearised score; groups without gradient keep ``u_i``."""
+        partition = self.partition(u)
+        alive = partition.spread([(n > 0).to(n.dtype) for n in partition.norms(g)], u)
+        return P.pmap(lambda a, b, m: torch.where(m.bool(), b, a), u, partition.normalize(g), alive)
+
+    def _scale_norms(self, scale: Params, like: Params) -> list[Tensor]:
+        full = P.pmap(lambda s, p: s.expand(p.shape[len(like.batch_size) :]), scale, like)
+        return self.partition(like).norms(P.make(full))
+
+
+@dataclass(frozen=True)
+class JointBall(PartitionBall):
+    """``‖u‖ ≤ 1`` over all parameters."""
+
+    def partition(self, like: Params) -> Partition:
+        return Partition.joint(like.keys())
+
+    def coordinate_std(self, like: Params) -> Params:
+        """1 per coordinate: the scale is the standard deviation of one coordinate."""
+        return P.pmap(lambda p: p.new_ones((1,) * (p.ndim - len(like.batch_size))), like)
+
+
+@dataclass(frozen=True)
+class GroupBall(PartitionBall):
+    """``‖u_i‖ ≤ 1`` for each scale group, and for the rest per tensor (``rest="tensor"``) or jointly."""
+
+    groups: Groups
+    rest: str = "tensor"
+    _cache: dict[tuple[object, ...], Partition] = field(default_factory=dict, compare=False, repr=False)
+
+    def partition(self, like: Params) -> Partition:
+        key = tuple((k, v.shape[len(like.batch_size) :]) for k, v in like.items())
+        if key not in self._cache:
+            one = P.pick(like, 0) if like.batch_size else like
+            self._cache[key] = self.groups.partition_with(one, self.rest)
+        return self._cache[key]
+
+    def invariant(self, like: Params) -> Partition:
+        names = {name for group in self.groups.partition.groups for name in group.members}
+        return Partition(tuple(g for g in self.partition(like) if set(g.members) <= names))
+
+
+@dataclass(frozen=True)
+class BoxBall:
+    """``|u_j| ≤ 1`` per coordinate."""
+
+    def partition(self, like: Params) -> Partition:
+        return Partition.joint(like.keys())
+
+    def invariant(self, like: Params) -> Partition:
+        return Partition(())
+
+    def coordinate_std(self, like: Params) -> Params:
+        return JointBall().coordinate_std(like)
+
+    def count(self, scale: Params, like: Params) -> Tensor:
+        """The number of coordinates that the scale perturbs."""
+        full = P.pmap(lambda s, p: (s > 0).to(s.dtype).expand(p.shape[len(like.batch_size) :]), scale, like)
+        return P.dot(P.make(full), P.make(full))
+
+    def steepest(self, g: Params, scale: Params, fill: Callable[[], Params]) -> Params:
+        """``sign(g)``; where the gradient is negligible, ``sign(fill())``."""
+        threshold = NEGLIGIBLE * torch.stack([a.abs().sum() for a in g.values()]).sum()
+        missing = P.pmap(lambda a, s: (a.abs() <= threshold) & (s > 0), g, scale)
+        if not any(bool(m.any()) for m in missing.values()):
+            return P.pmap(torch.sign, g)
+        return P.pmap(lambda a, b, m: torch.where(m, torch.sign(b), torch.sign(a)), g, fill(), missing)
+
+    def tangent(self, u: Params, g: Params) -> Params:
+        """g, without what would leave the box."""
+        return P.pmap(lambda a, b: torch.where((a.abs() >= 1) & (a * b > 0), torch.zeros_like(b), b), u, g)
+
+    def retract(self, u: Params) -> Params:
+        """Clip to the box."""
+        return P.pmap(lambda a: a.clamp(-1, 1), u)
+
+    def power(self, u: Params, g: Params) -> Params:
+        """``sign(g)``; coordinates without gradient keep ``u_j``."""
+        return P.pmap(lambda a, b: torch.where(b == 0, a, torch.sign(b)), u, g)
+
+
+AnyBall = PartitionBall | BoxBall
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A scale and a ball."""
+
+    scale: Scale
+    ball: AnyBall
+
+    def place(self, u: Params, params: Params) -> Params:
+        """``v = s(θ) ⊙ u``, differentiable in θ with u held fixed; u may be a batch ``[n]``."""
+        return P.pmap(lambda a, s: s * a, u, self.scale(params))
+
+    def pull(self, gradient: Params, params: Params) -> Params:
+        """``∂/∂u = s(θ) ⊙ ∂/∂v``: the adjoint of :meth:`place`."""
+        return self.place(gradient, params)
+
+    def moving(self, u: Params, gradient_v: Params, params: Params) -> Params:
+        """``(∂v/∂θ)ᵀ ∂S/∂v`` with u held: for group norms ``⟨∂S/∂v_i, u_i⟩ θ_i/‖θ_i‖`` on group i."""
+        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
+        with torch.enable_grad():
+            inner = P.dot(self.place(u, P.make(leaves)), gradient_v)
+        if not inner.requires_grad:
+            return P.zeros_like(params)
+        grads = torch.autograd.grad(inner, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return P.make(dict(zip(leaves, grads, strict=True)))
+
+    def steepest(self, g: Params, params: Params, fill: Callable[[], Params]) -> Params:
+        """``argmax_{u ∈ ball} ⟨g, u⟩`` for ``g = ∂L/∂u``."""
+        return self.ball.steepest(g, self.scale(params), fill)
+
+    def count(self, params: Params) -> Tensor:
+        """``K``: groups (coordinates, for a box) that are perturbed."""
+        return self.ball.count(self.scale(params), params)
+
+
+def Euclidean(scale: float, ball: str = "joint") -> Geometry:
+    """Constant scale: ``‖v‖ ≤ scale`` (``ball="joint"``) or ``|v_j| ≤ scale`` (``"box"``)."""
+    return Geometry(Constant(scale), _ball(ball))
+
+
+def Groupwise(groups: Groups, radius: float = 1.0, rest: str = "tensor") -> Geometry:
+    """``‖v_i‖ ≤ radius·‖θ_i‖`` for each group: invariant under ``T_a`` (Yi et al. 2019, definition 1)."""
+    if rest not in ("tensor", "joint"):
+        raise InputError(f"rest={rest!r}; expected 'tensor' (one group per tensor) or 'joint' (one group)")
+    return Geometry(GroupNorms(groups, radius, rest), GroupBall(groups, rest))
+
+
+def Elementwise(radius: float, eta: float = 0.0, ball: str = "joint") -> Geometry:
+    """``v_j = radius·(|θ_j| + η) u_j`` with ``‖u‖ ≤ 1`` (ASAM) or ``|u_j| ≤ 1`` (Keskar 2017)."""
+    return Geometry(Magnitude(radius, eta), _ball(ball))
+
+
+def _ball(name: str) -> AnyBall:
+    balls: dict[str, AnyBall] = {"joint": JointBall(), "box": BoxBall()}
+    if name not in balls:
+        raise InputError(f"ball={name!r}; expected one of {sorted(balls)}")
+    return balls[name]

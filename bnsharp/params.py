@@ -1,0 +1,211 @@
+"""Arithmetic on parameter dictionaries, written once.
+
+A parameter dictionary is a flat :class:`tensordict.TensorDict` whose keys are the names of
+``module.named_parameters()``. Its batch size is ``[]`` (one point) or ``[n]`` (n points stacked).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from bnsharp.types import InputError, Params
+
+_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without the prefixes that ``torch.compile`` and DDP put before it."""
+    changed = True
+    while changed:
+        changed = False
+        for prefix in _WRAPPER_PREFIXES:
+            if name.startswith(prefix):
+                name, changed = name[len(prefix) :], True
+    return name
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s and data-parallel wrappers."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and type(module).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def make(values: Mapping[str, Tensor], batch_size: Sequence[int] = ()) -> Params:
+    """A parameter dictionary from a mapping, without copying a tensor."""
+    return cast(Params, TensorDict(dict(values), batch_size=torch.Size(batch_size)))
+
+
+def live(module: nn.Module) -> Params:
+    """Views (no copies) of the parameters that require grad; what training works on."""
+    return make({clean_name(k): p.detach() for k, p in _trainable(module)})
+
+
+def parameters(module: nn.Module) -> Params:
+    """Detached copies of the parameters of ``module`` that require grad.
+
+    Keys are ``module.named_parameters()`` without ``_orig_mod.`` or ``module.`` prefixes; a tied weight
+    appears once. Raises :class:`InputError` if there is none.
+    """
+    return make({clean_name(k): p.detach().clone() for k, p in _trainable(module)})
+
+
+def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    found = [(k, p) for k, p in unwrap(module).named_parameters() if p.requires_grad]
+    if not found:
+        raise InputError(
+            f"{type(module).__name__} has no parameter that requires grad; expected at least one: "
+            "pass a module with trainable parameters"
+        )
+    return found
+
+
+def pmap(fn: Callable[..., Tensor], *params: Params) -> Params:
+    """``{k: fn(p[k], q[k], …)}``; the result has the largest batch size among the arguments."""
+    first = params[0]
+    batch = max((p.batch_size for p in params), key=len)
+    return make({k: fn(*(p[k] for p in params)) for k in first.keys()}, batch)
+
+
+def pick(params: Any, index: int) -> Params:
+    """Item ``index`` of a batch ``[n]`` or of a sequence made on demand."""
+    if isinstance(params, TensorDict):
+        return make({k: v[index] for k, v in cast(Params, params).items()})
+    return params[index]
+
+
+def stack(items: Sequence[Params]) -> Params:
+    """Stack n points into one dictionary of batch size ``[n]``."""
+    keys = items[0].keys()
+    return make({k: torch.stack([p[k] for p in items]) for k in keys}, (len(items),))
+
+
+def batch(params: Params) -> Params:
+    """View one point as a batch of one."""
+    return make({k: v.unsqueeze(0) for k, v in params.items()}, (1,))
+
+
+def count(source: Any) -> int:
+    """How many points a batch ``[n]`` or a sequence holds."""
+    if isinstance(source, TensorDict):
+        if len(source.batch_size) != 1:
+            raise InputError(
+                f"expected parameters of batch size [n] or a sequence of parameters, got batch size "
+                f"{list(source.batch_size)}: stack them first"
+            )
+        return int(source.batch_size[0])
+    return len(source)
+
+
+class Lazy(Sequence[Params]):
+    """A sequence of n points, each made when it is asked for: never n copies at once."""
+
+    def __init__(self, n: int, make_item: Callable[[int], Params]):
+        self._n, self._make = n, make_item
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(self._n))]
+        if not -self._n <= index < self._n:
+            raise IndexError(index)
+        return self._make(index % self._n)
+
+
+def shift(params: Params, v: Params, t: Tensor | float = 1.0) -> Params:
+    """``θ + t v``; ``v`` may be a batch ``[n]``."""
+    if isinstance(t, float) and t == 1.0:
+        return pmap(lambda p, d: p + d, params, v)
+    return pmap(lambda p, d: p + t * d, params, v)
+
+
+def scaled(params: Params, factor: Tensor | float) -> Params:
+    """``c θ``."""
+    return pmap(lambda p: factor * p, params)
+
+
+def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Params:
+    """``a x + b y``."""
+    return pmap(lambda p, q: a * p + b * q, x, y)
+
+
+def zeros_like(params: Params) -> Params:
+    """Zeros in the shape of ``params``."""
+    return pmap(torch.zeros_like, params)
+
+
+def where(condition: Tensor, x: Any, y: Any) -> Any:
+    """Choose per batch item between two values ``[n]``: tensors, or nested dictionaries of them."""
+    if condition.numel() == 1:
+        return x if bool(condition) else y
+    if isinstance(x, Tensor):
+        return torch.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+    return make({k: where(condition, x[k], y[k]) for k in x.keys()}, x.batch_size)
+
+
+def dot(x: Params, y: Params) -> Tensor:
+    """``⟨x, y⟩`` over all parameters: ``[]``, or ``[n]`` if either is a batch."""
+    product = pmap(lambda a, b: a * b, x, y)
+    lead = len(product.batch_size)
+    return torch.stack([v.reshape(*v.shape[:lead], -1).sum(-1) for v in product.values()]).sum(0)
+
+
+def norm(x: Params) -> Tensor:
+    """Euclidean norm over all parameters: ``[]`` or ``[n]``, with zero gradient at zero."""
+    lead = len(x.batch_size)
+    parts = [torch.linalg.vector_norm(v.reshape(*v.shape[:lead], -1), dim=-1) for v in x.values()]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
+def safe_divide(x: Tensor, y: Tensor) -> Tensor:
+    """``x / y``, and 0 where ``y = 0``."""
+    nonzero = y != 0
+    return torch.where(nonzero, x / torch.where(nonzero, y, 1.0), 0.0)
+
+
+def safe_reciprocal(x: Tensor) -> Tensor:
+    """``1 / x``, and 0 where ``x = 0``; a derivative of 0 there too."""
+    nonzero = x != 0
+    return torch.where(nonzero, torch.where(nonzero, x, 1.0).reciprocal(), 0.0)
+
+
+def numel(params: Params) -> int:
+    """Number of coordinates of one point."""
+    return sum(math.prod(v.shape[len(params.batch_size) :]) for v in params.values())
+
+
+def first(params: Params) -> Tensor:
+    """A tensor of the dictionary: its dtype and device are the dictionary's."""
+    return next(iter(params.values()))
+
+
+def generator_for(params: Params, generator: torch.Generator | None, what: str) -> torch.Generator:
+    """The generator, or an error naming what needs it: nothing here draws from the global state."""
+    if generator is None:
+        raise InputError(
+            f"{what} draws random numbers and got generator=None; expected a torch.Generator: "
+            f'pass generator=torch.Generator("{first(params).device}").manual_seed(SEED)'
+        )
+    return generator
+
+
+def random_seeds(generator: torch.Generator, n: int) -> list[int]:
+    """``n`` seeds drawn from ``generator``, so that draw i can be remade on demand."""
+    return torch.randint(2**62, (n,), generator=generator, device=generator.device).tolist()
+
+
+def seeded(seed: int, device: torch.device) -> torch.Generator:
+    """A generator on ``device`` with this seed."""
+    return torch.Generator(device).manual_seed(seed)

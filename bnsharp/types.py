@@ -1,0 +1,132 @@
+"""Values that pass between the slots: estimates, found directions, training steps, errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, ItemsView, Iterable, KeysView, ValuesView
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tensordict import TensorDict
+from torch import Tensor
+
+if TYPE_CHECKING:
+
+    class Params(TensorDict):
+        """A flat TensorDict as a type checker should see it: string keys, tensor values."""
+
+        def __getitem__(self, index: Any) -> Tensor: ...  # type: ignore[override]
+
+        def items(self, *args: Any, **kwargs: Any) -> ItemsView[str, Tensor]: ...  # type: ignore[override]
+
+        def keys(self, *args: Any, **kwargs: Any) -> KeysView[str]: ...  # type: ignore[override]
+
+        def values(self, *args: Any, **kwargs: Any) -> ValuesView[Tensor]: ...  # type: ignore[override]
+
+else:
+    Params = TensorDict
+"""Parameters or directions: flat, keys are ``module.named_parameters()``, batch size ``[]`` or ``[n]``."""
+
+State = dict[str, Tensor]
+"""What a regulariser carries from step to step: tensors only, so that it can be checkpointed."""
+
+
+class InputError(ValueError):
+    """Bad usage: the message says in one line what was given, what was expected and what to do."""
+
+
+def suggest(given: str, known: Iterable[str]) -> str:
+    """``; did you mean …?`` for a near miss, else an empty string: the end of an error about an unknown name."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class DivergedError(RuntimeError):
+    """Training met a non-finite loss or gradient; the message says at which epoch and step."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured sharpness with its errors.
+
+    Attributes:
+        value: the measure, in units of the loss (of loss per squared step for curvature measures).
+        stderr: standard error over random draws; 0.0 when nothing was drawn.
+        error: numerical error: embedded quadrature, rounding of loss differences, eigenvalue residual.
+        upper: an upper bound of a searched maximum, or None where none is known.
+        direction: ``v`` in parameter space that attains a searched maximum, or None.
+        unit: the same direction in the geometry's unit coordinates, ``v = s(θ) ⊙ unit``.
+        effective_samples: effective number of draws (importance weights), or of directions tried.
+        evaluations: gradients and losses evaluated, ``{"gradients": …, "losses": …, "products": …}``.
+        statistics: ``"batch"`` or ``"running"``; None for an objective without normalizers' statistics.
+        batch_size: examples in one batch, None for a plain function.
+    """
+
+    value: float
+    stderr: float
+    error: float
+    upper: float | None = None
+    direction: Params | None = None
+    unit: Params | None = None
+    effective_samples: float = 1.0
+    evaluations: dict[str, int] = field(default_factory=dict)
+    statistics: str | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of ``n`` directions: values ``[n]``, gradients ``∂value/∂u`` and what the caller wants kept."""
+
+    value: Tensor
+    gradient: Params
+    extra: Any
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a ``Directions`` value returns.
+
+    Attributes:
+        u: unit directions, a batch ``[n]`` or a sequence made on demand.
+        scored: the scores of those directions where they are known already (searches), else None.
+        error: numerical error of the search itself (an eigenvalue residual), 0.0 if it has none.
+    """
+
+    u: Any
+    scored: Scored | None = None
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One regularised training step.
+
+    Attributes:
+        loss: ``L(θ)`` on the loss's batch (for methods that never evaluate it, the loss they do evaluate).
+        penalty: the regulariser's own value on its batch.
+        gradient: the direction to descend, ``∇L + λ r``.
+        evaluations: gradients evaluated in this step.
+        state: the state for the next step.
+        ratio: ``‖λ r‖ / ‖∇L‖``, after clipping.
+        output: the module's output at the first evaluation, for accuracies; None if not recorded.
+    """
+
+    loss: Tensor
+    penalty: Tensor
+    gradient: Params
+    evaluations: int
+    state: State
+    ratio: Tensor
+    output: Any = None
+
+
+class Score(Protocol):
+    """What a search maximises, and the gradient ``∂L/∂u`` at ``u = 0`` from which it starts."""
+
+    def slope(self) -> Params: ...
+
+    def __call__(self, u: Params) -> Scored: ...
+
+
+LossFunction = Callable[[Params], Tensor]

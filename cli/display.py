@@ -1,0 +1,117 @@
+"""Progress and tables: live on a terminal, a plain log elsewhere. The only place that draws on the screen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+LOG_EVERY = 10.0
+"""Seconds between two lines of a plain log."""
+
+
+def console() -> Console:
+    """Standard output."""
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+class Bar:
+    """A progress bar: ``advance(n)``, and a note beside it."""
+
+    def __init__(self, advance: Callable[[int], None], note: Callable[[str], None], resize: Callable[[int], None]):
+        self.advance, self.note, self.resize = advance, note, resize
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "steps") -> Iterator[Bar]:
+    """A bar with ETA on standard error; every ten seconds a line where that is no terminal."""
+    err = Console(stderr=True)
+    if err.is_terminal:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+            TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=err, transient=True) as bar:
+            task = bar.add_task(label, total=total, note="")
+            yield Bar(
+                lambda n: bar.advance(task, n),
+                lambda text: bar.update(task, note=text),
+                lambda n: bar.update(task, total=n),
+            )
+        return
+    with _plain_log(label, total, unit) as plain:
+        yield plain
+
+
+@contextmanager
+def _plain_log(label: str, total: int, unit: str) -> Iterator[Bar]:
+    started = shown = time.monotonic()
+    done, note, size = 0, "", total
+
+    def show() -> None:
+        elapsed = time.monotonic() - started
+        eta = f", eta {elapsed * (size - done) / done:.0f} s" if 0 < done < size else ""
+        print(f"{label}: {done}/{size} {unit}, {elapsed:.0f} s{eta} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def advance(n: int) -> None:
+        nonlocal done, shown
+        done += n
+        if time.monotonic() - shown >= LOG_EVERY:
+            shown = time.monotonic()
+            show()
+
+    def set_note(text: str) -> None:
+        nonlocal note
+        note = text
+
+    def resize(n: int) -> None:
+        nonlocal size
+        size = n
+
+    yield Bar(advance, set_note, resize)
+    if time.monotonic() - started >= 2:
+        show()
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> Table:
+    """A rich table: the first column left, the others right unless told otherwise."""
+    made = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if right and i else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table: fixed where that reads well, else scientific; ``–`` for none."""
+    if value is None or value != value:
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits}g}"
+    return f"{value:.{max(1, digits - 2)}e}"
+
+
+def with_interval(mean: float, half: float, digits: int = 4) -> str:
+    """``mean ± half``, the half width to two significant digits."""
+    return number(mean, digits) if half != half else f"{number(mean, digits)} ± {number(half, 2)}"
+
+
+def load_progress(bar_label: str) -> Callable[[int, int], None]:
+    """A callback ``(done, total)`` that shows decoding on standard error when it takes long."""
+    started = time.monotonic()
+    state = {"next": started + 2.0}
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= state["next"] or (done == total and now - started >= 2.0):
+            state["next"] = now + 2.0
+            eta = f", eta {(now - started) * (total - done) / done:.0f} s" if 0 < done < total else ""
+            print(f"{bar_label}: {done}/{total}{eta}", file=sys.stderr, flush=True)
+
+    return show

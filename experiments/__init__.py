@@ -1,0 +1,1 @@
+"""Runs, studies and their tables and figures, built on :mod:`bnsharp`."""

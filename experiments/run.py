@@ -1,0 +1,240 @@
+"""One run: a configuration made into data, network, algorithm and trainer; and a run folder read back."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bnsharp.experiments.config import RunConfig
+from torch import Tensor, nn
+
+import bnsharp
+from bnsharp import schedules
+from bnsharp.algorithms import Algorithm, algorithm, find
+from bnsharp.checkpoint import SUMMARY, RunFolder
+from bnsharp.checkpoint import load as load_checkpoint
+from bnsharp.data import ImageData, epoch_indices, load
+from bnsharp.groups import ScaleGroups, scale_groups
+from bnsharp.models import build
+from bnsharp.objective import Objective
+from bnsharp.trainer import Result, Trainer, evaluate
+from bnsharp.types import InputError
+
+criterion = nn.functional.cross_entropy
+MAY_DIFFER = ("versions", "threads")
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a configuration stands for."""
+
+    config: RunConfig
+    data: ImageData
+    module: nn.Module
+    groups: ScaleGroups
+    algorithm: Algorithm
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run can depend on."""
+    import tensordict
+    import torchvision
+
+    return {
+        "bnsharp": bnsharp.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "tensordict": tensordict.__version__, "python": platform.python_version(),
+    }
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The device, or an error that says what there is."""
+    try:
+        device = torch.device(config.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={config.device!r} cannot be used here; expected 'cpu' or a device that exists "
+                         f"({str(error).splitlines()[0][:80]})") from error
+    return device
+
+
+def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> ImageData:
+    """The configuration's data on its device."""
+    options = dict(config.data_options)
+    unknown = set(options) - {"label_noise", "train_size", "augment", "image_size", "root", "download"}
+    if unknown:
+        raise InputError(f"unknown data option {sorted(unknown)[0]!r}; expected label_noise, train_size, augment, "
+                         "image_size, root or download")
+    return load(config.data, seed=config.split_seed, progress=progress, **options).to(device_of(config))
+
+
+def probe_batch(data: ImageData, n: int = 16) -> Tensor:
+    """Inputs on which scale groups are looked for."""
+    return data.train_set(min(n, len(data.train_labels)))[0]
+
+
+def prepare(config: RunConfig, data: ImageData | None = None,
+            progress: Callable[[int, int], None] | None = None) -> Prepared:
+    """Build everything; bad names and options are told before anything is written."""
+    find(config.algorithm)
+    data = load_data(config, progress) if data is None else data
+    module = build(config.model, data.input_shape, len(data.classes), seed=config.seed, **config.model_options)
+    module.to(device_of(config))
+    groups = scale_groups(module, probe_batch(data))
+    return Prepared(config, data, module, groups, algorithm(config.algorithm, groups, **config.algorithm_options))
+
+
+def _optimizer(config: RunConfig) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    kind = getattr(torch.optim, config.optimizer, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise InputError(f"optimizer={config.optimizer!r}; expected the name of a torch.optim optimizer, as SGD or AdamW")
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, **config.optimizer_options}
+    if "momentum" in kind.__init__.__code__.co_varnames:
+        options.setdefault("momentum", config.momentum)
+
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            return kind(parameters, **options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer {config.optimizer} with {options}: {error}") from error
+
+    return make
+
+
+def _schedule(config: RunConfig, steps_per_epoch: int) -> schedules.Schedule:
+    makers: dict[str, Callable[[], schedules.Schedule]] = {
+        "constant": schedules.constant,
+        "multistep": lambda: schedules.multistep(config.milestones, config.gamma, steps_per_epoch),
+        "cosine": lambda: schedules.cosine(config.epochs * steps_per_epoch),
+    }
+    return makers[config.schedule]()
+
+
+def batches(x: Tensor, y: Tensor, size: int = EVALUATION_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """Consecutive batches."""
+    yield from zip(x.split(size), y.split(size), strict=True)
+
+
+def trainer(
+    prepared: Prepared,
+    folder: RunFolder | None = None,
+    *,
+    resume: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> Trainer:
+    """The trainer of a prepared run."""
+    config, data = prepared.config, prepared.data
+    n = len(data.train_labels)
+
+    def epoch(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in epoch_indices(n, config.batch_size, generator):
+            yield data.train_batch(indices, generator)
+
+    test = data.test_set()
+    return Trainer(
+        prepared.module, criterion, epoch,
+        optimizer=_optimizer(config),
+        regularizer=prepared.algorithm.regularizer,
+        weight=prepared.algorithm.weight,
+        independent_batch=prepared.algorithm.independent_batch,
+        schedule=_schedule(config, steps_per_epoch(prepared)),
+        epochs=config.epochs,
+        evaluations={"test": lambda module: evaluate(module, criterion, batches(*test))},
+        seed=config.seed, folder=folder, resume=resume, engine=config.engine, on_step=on_step, on_epoch=on_epoch,
+    )
+
+
+def steps_per_epoch(prepared: Prepared) -> int:
+    """Training steps in an epoch (the last short batch is dropped)."""
+    return max(1, len(prepared.data.train_labels) // prepared.config.batch_size)
+
+
+def stored_config(prepared: Prepared) -> dict[str, Any]:
+    """What ``config.json`` holds: the configuration with every default, the algorithm's options, and the versions."""
+    config = prepared.config.model_dump()
+    config["algorithm_options"] = prepared.algorithm.options
+    config["threads"] = torch.get_num_threads() if config["threads"] is None else config["threads"]
+    return {**config, "versions": versions()}
+
+
+def train(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    data: ImageData | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Prepared, Result]:
+    """Run a configuration into a run folder.
+
+    Raises:
+        InputError: bad configuration, or a folder that holds a run already; nothing is written then.
+        DivergedError: see :class:`bnsharp.trainer.Trainer`.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    existing = RunFolder(Path(out))
+    if existing.exists() and not (resume or overwrite):
+        RunFolder.create(out, {})  # raises before any work is done
+    prepared = prepare(config, data, progress)
+    run = trainer(prepared, resume=resume, on_step=on_step, on_epoch=on_epoch)
+    stored = stored_config(prepared)
+    folder = (
+        RunFolder.resume(out, stored, MAY_DIFFER) if resume else RunFolder.create(out, stored, overwrite=overwrite)
+    )
+    run.folder = folder
+    if on_start is not None:
+        on_start(steps_per_epoch(prepared) * config.epochs)
+    result = run.fit()
+    folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
+    return prepared, result
+
+
+def read_run(path: str | Path, checkpoint: Path | None = None) -> tuple[RunConfig, nn.Module, ImageData]:
+    """The configuration, the trained network (of another checkpoint of the same run, if given) and the data.
+
+    Raises:
+        InputError: not a run folder, no checkpoint yet, or a checkpoint that does not fit.
+    """
+    folder = RunFolder(Path(path))
+    stored = folder.config()
+    stored.pop("versions", None)
+    try:
+        config = RunConfig(**stored)
+    except ValueError as error:
+        raise InputError(f"{path}: config.json is not a run's configuration ({str(error).splitlines()[0]})") from error
+    payload = folder.load() if checkpoint is None else load_checkpoint(checkpoint)
+    if payload is None:
+        raise InputError(f"{path} holds no checkpoint yet; expected at least one finished epoch")
+    data = load_data(config)
+    module = build(config.model, data.input_shape, len(data.classes), seed=config.seed, **config.model_options)
+    load_state(module, payload.get("module", payload), str(path))
+    return config, module.to(device_of(config)), data
+
+
+def load_state(module: nn.Module, state: dict[str, Any], where: str) -> None:
+    """Load a state dictionary, or say which keys do not fit."""
+    own = module.state_dict()
+    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    wrong = [k for k in own if k in state and getattr(state[k], "shape", None) != own[k].shape]
+    for label, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", wrong)):
+        if names:
+            raise InputError(f"{where} {label} {', '.join(map(repr, names[:4]))}{' …' if len(names) > 4 else ''}; "
+                             f"expected the parameters of {type(module).__name__}")
+    module.load_state_dict(state)
+
+
+def objective_of(module: nn.Module, data: ImageData, n: int | None = None, *, statistics: str = "batch",
+                 dtype: torch.dtype | None = None) -> Objective:
+    """The loss on the first ``n`` training examples (all by default) as one fixed batch."""
+    x, y = data.train_set(n)
+    return Objective(module, criterion, (x if dtype is None else x.to(dtype), y), statistics=statistics)

@@ -1,0 +1,137 @@
+"""Studies: many runs (settings × algorithms × seeds) on all cores, each in its own folder, each kept when finished."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MEASURES_FILE = "measures.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a study: its place in the tables, its configuration, its folder, and how it is measured."""
+
+    setting: str
+    label: str
+    config: dict[str, Any]
+    folder: str
+    measuring: dict[str, Any]
+    steps: int
+    """Training steps, for the progress bar."""
+
+
+MEASURE_UNITS = 60
+"""How many training steps one part of the measuring counts as in a progress bar."""
+
+
+def units(task: Task) -> int:
+    """Units of work for the progress bar: training steps, and the measuring."""
+    from bnsharp.experiments.measuring import PARTS
+
+    return task.steps + PARTS * MEASURE_UNITS
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_task(task: Task, tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+    """Train and measure one task; a finished one is read back, an unfinished one goes on from its last epoch.
+
+    ``tick(n)`` is called as n more units are done, :func:`units` in all.
+    """
+    import torch
+
+    from bnsharp.checkpoint import METRICS, SUMMARY, TIMING, RunFolder
+    from bnsharp.experiments.config import RunConfig
+    from bnsharp.experiments.measuring import before_and_after
+    from bnsharp.experiments.run import train
+
+    torch.set_num_threads(1)
+    folder = RunFolder(Path(task.folder))
+    path = folder.path / MEASURES_FILE
+    finished = json.loads(path.read_text()) if path.exists() and (folder.path / SUMMARY).exists() else {}
+    if finished.get("task") == {"config": task.config, "measuring": task.measuring}:
+        tick(units(task))
+        return _result(task, folder.records(METRICS), folder.records(TIMING), finished["values"])
+    batch, waiting = 50, 0
+
+    def on_step(epoch: int, step: int) -> None:
+        nonlocal waiting
+        waiting += 1
+        if waiting == batch:
+            tick(waiting)
+            waiting = 0
+
+    prepared, result = train(RunConfig(**task.config), task.folder, resume=True, on_step=on_step)
+    tick(waiting + task.steps - result.steps)
+    values = before_and_after(
+        prepared.module, prepared.data, prepared.groups, seed=prepared.config.seed, tick=lambda: tick(MEASURE_UNITS),
+        **task.measuring,
+    )
+    folder.write_json(MEASURES_FILE, {"task": {"config": task.config, "measuring": task.measuring}, "values": values})
+    return _result(task, result.history, folder.records(TIMING), values)
+
+
+def _result(task: Task, history: list[dict[str, Any]], timing: list[dict[str, Any]],
+            values: dict[str, Any]) -> dict[str, Any]:
+    last = history[-1]
+    return {
+        "setting": task.setting, "label": task.label, "seed": task.config["seed"],
+        "seconds": sum(t["train_seconds"] for t in timing),
+        "test_accuracy": last["test_accuracy"], "gradient_evaluations": last["gradient_evaluations"],
+        "curve": [[r["epoch"], r["test_accuracy"]] for r in history], **values,
+    }
+
+
+def _worker(task: Task, ticks: Any) -> dict[str, Any]:
+    return run_task(task, ticks.put)
+
+
+def run_study(tasks: Sequence[Task], advance: Callable[[int], None], workers: int | None = None) -> list[dict[str, Any]]:
+    """All tasks, one thread each, on as many processes as there are cores; results in the order of the tasks.
+
+    The numbers do not depend on the number of workers. An interruption loses at most an epoch of each run under way.
+    """
+    workers = min(workers or cores(), len(tasks))
+    if workers == 1:
+        return [run_task(task, advance) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        ticks = manager.Queue()
+        pool = ProcessPoolExecutor(workers, mp_context=context)
+        try:
+            futures = [pool.submit(_worker, task, ticks) for task in tasks]
+            while True:
+                done, _ = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
+                _drain(ticks, advance)
+                for future in done:
+                    future.result()
+                if len(done) == len(futures):
+                    return [f.result() for f in futures]
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(ticks: Any, advance: Callable[[int], None]) -> None:
+    total = 0
+    while True:
+        try:
+            total += ticks.get_nowait()
+        except queue.Empty:
+            break
+    if total:
+        advance(total)
