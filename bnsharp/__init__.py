@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnsharp import algorithms, data, directions, geometry, laws, measures, models, profiles, reduce, regularizers
+    from bnsharp.evaluation import Engine
     from bnsharp.groups import ScaleGroups, scale_groups
     from bnsharp.loop import backward
     from bnsharp.measures import Measure
     from bnsharp.modes import exact_norms
-    from bnsharp.objective import Engine, Objective
+    from bnsharp.objective import Objective
     from bnsharp.params import parameters
     from bnsharp.partition import Group
     from bnsharp.trainer import Trainer
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 _HOME = {
     "parameters": "params",
     "Objective": "objective",
-    "Engine": "objective",
+    "Engine": "evaluation",
     "scale_groups": "groups",
     "ScaleGroups": "groups",
     "Group": "partition",

@@ -219,7 +219,7 @@ def load(
         train_size: keep a stratified subset of the training images; where a pool is split, the rest is for testing.
         image_size: resize to ``(H, W)`` or a square, in pixels; bilinear with antialiasing.
         download: fetch a named set that is missing.
-        progress: called while a folder is decoded.
+        progress: called with the images decoded so far and their total, now and then while a folder is read.
 
     Raises:
         InputError: unknown name, data that are missing, unreadable or of unequal size, a number out of range.
@@ -305,17 +305,18 @@ def _read_folder(root: Path, size: tuple[int, int] | None, progress: Callable[[i
     paths = [path for split in files for group in split for path in group]
     shape = _decode(paths[0], size).shape[:2]
 
-    def read(path: Path) -> np.ndarray:
-        image = _decode(path, size)
-        if image.shape[:2] != shape:
-            sizes = f"{path} is of size {image.shape[:2]}, {paths[0]} of {shape}"
-            raise InputError(f"{sizes}; expected one size: pass image_size")
-        return image
+    def read(part: list[Path]) -> list[np.ndarray]:
+        decoded = [_decode(path, size) for path in part]
+        for path, image in zip(part, decoded, strict=True):
+            if image.shape[:2] != shape:
+                sizes = f"{path} is of size {image.shape[:2]}, {paths[0]} of {shape}"
+                raise InputError(f"{sizes}; expected one size: pass image_size")
+        return decoded
 
     images: list[np.ndarray] = []
     with ThreadPoolExecutor() as pool:
-        for image in pool.map(read, paths):
-            images.append(image)
+        for decoded in pool.map(read, (paths[i : i + 32] for i in range(0, len(paths), 32))):
+            images += decoded
             if progress is not None:
                 progress(len(images), len(paths))
     channels = max(image.shape[2] for image in images)

@@ -1,6 +1,6 @@
 """Directions: which perturbations are tried. Draw and integrate, ascend to the sharpest, or take given ones.
 
-Each is a frozen value called as ``(score, geometry, θ, generator) -> Found``. ``score(u [n])`` gives the values, the
+Each is a frozen value called as ``(score, frame, generator) -> Found``, the frame being the geometry at θ. ``score(u [n])`` gives the values, the
 gradients ``∂/∂u`` and whatever its owner wants kept of the best direction, so that training pays for nothing twice.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.geometry import Geometry
+from bnsharp.geometry import Frame
 from bnsharp.laws import Law, Sphere
 from bnsharp.types import Found, InputError, Params, Scored
 
@@ -29,11 +29,9 @@ class SearchScore(Protocol):
 
 
 class Directions(Protocol):
-    """``(score, geometry, θ, generator) -> Found``."""
+    """``(score, frame, generator) -> Found``, the frame being the geometry at θ."""
 
-    def __call__(
-        self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator
-    ) -> Found: ...
+    def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found: ...
 
 
 def _check_count(name: str, value: int, least: int) -> None:
@@ -51,10 +49,11 @@ class Draw:
     def __post_init__(self) -> None:
         _check_count("draws", self.n, 1)
 
-    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
+    def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
+        params, ball = frame.params, frame.ball
         seeds, device = P.random_seeds(generator, self.n), P.first(params).device
         return Found(
-            P.Lazy(self.n, lambda i: self.law(geometry.ball, params, P.seeded(seeds[i], device)))  # type: ignore[arg-type]
+            P.Lazy(self.n, lambda i: self.law(ball, params, P.seeded(seeds[i], device)))  # type: ignore[arg-type]
         )
 
 
@@ -64,7 +63,7 @@ class Given:
 
     u: Params
 
-    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
+    def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         return Found(self.u if self.u.batch_size else P.batch(self.u))
 
 
@@ -81,7 +80,7 @@ class Climb:
     moved: Tensor  # [n] bool: the best point has changed since a power step from it failed
 
 
-Rule = Callable[["Ascend", Climb, Geometry, Params], Params]
+Rule = Callable[["Ascend", Climb, Frame], Params]
 
 
 @dataclass(frozen=True)
@@ -120,19 +119,19 @@ class Ascend:
         if not (math.isfinite(self.rate) and self.rate > 0):
             raise InputError(f"rate={self.rate}; expected a finite rate > 0")
 
-    def starts(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Params:
+    def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Params:
         """The steepest start and the random ones: a batch ``[1 + restarts]``."""
 
         def sphere() -> Params:
-            return Sphere()(geometry.ball, params, generator)
+            return Sphere()(frame.ball, frame.params, generator)
 
-        first = geometry.steepest(score.slope(), params, sphere)
+        first = frame.steepest(score.slope(), sphere)
         if not self.restarts:
             return P.batch(first)
-        return P.stack([first, *(geometry.ball.power(s, s) for s in (sphere() for _ in range(self.restarts)))])
+        return P.stack([first, *(frame.ball.power(s, s) for s in (sphere() for _ in range(self.restarts)))])
 
-    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
-        u = self.starts(score, geometry, params, generator)
+    def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
+        u = self.starts(score, frame, generator)
         if not self.steps and not self.restarts:
             return Found(u)
         scored = score(u, last=self.steps == 0)
@@ -140,28 +139,14 @@ class Ascend:
         climb = Climb(u, scored, u, scored, scored.value.new_full((n,), self.rate),
                       *(torch.ones(n, dtype=torch.bool, device=scored.value.device) for _ in range(2)))
         for step in range(self.steps):
-            candidate = RULES[self.rule](self, climb, geometry, params)
+            candidate = RULES[self.rule](self, climb, frame)
             scored = score(candidate, last=step == self.steps - 1)
             climb = self._advance(climb, candidate, scored)
         return Found(climb.best, climb.best_scored)
 
-    def uphill(self, u: Params, g: Params, rate: Tensor, geometry: Geometry, params: Params) -> Params:
-        """One Riemannian step of length ``η√K`` (ambient: of length ``η‖v‖`` on v)."""
-        scale = geometry.scale(params)
-        if self.coordinates == "ambient":
-            u_to_v = P.pmap(lambda s: torch.where(s > 0, 1 / torch.where(s > 0, s, 1.0), 0.0), scale)
-            tangent = geometry.ball.tangent(u, g)
-            xi = P.pmap(lambda a, r: a * r, tangent, u_to_v)  # the gradient with respect to v
-            length = P.norm(P.pmap(lambda a, s: a * s, u, scale))
-            move = P.pmap(lambda a, r: a * r, xi, u_to_v)  # back in unit coordinates
-            norm = P.norm(xi)
-        else:
-            move = geometry.ball.tangent(u, g)
-            length = geometry.count(params).sqrt()
-            norm = P.norm(move)
-        factor = P.safe_divide(rate * length, norm)
-        stepped = P.pmap(lambda a, b: a + factor.reshape(-1, *[1] * (a.ndim - 1)) * b, u, move)
-        return geometry.ball.retract(stepped)
+    def walk(self, at: Climb, frame: Frame) -> Params:
+        """A Riemannian step from the best point."""
+        return frame.uphill(at.best, at.best_scored.gradient, at.rate, self.coordinates == "ambient")
 
     def _advance(self, climb: Climb, candidate: Params, scored: Scored) -> Climb:
         better = scored.value > climb.best_scored.value
@@ -182,20 +167,19 @@ def _choose(condition: Tensor, a: Scored, b: Scored) -> Scored:
     return Scored(*(P.where(condition, getattr(a, name), getattr(b, name)) for name in ("value", "gradient", "extra")))
 
 
-def _riemannian(search: Ascend, at: Climb, geometry: Geometry, params: Params) -> Params:
-    return search.uphill(at.best, at.best_scored.gradient, at.rate, geometry, params)
+def _riemannian(search: Ascend, at: Climb, frame: Frame) -> Params:
+    return search.walk(at, frame)
 
 
-def _power(search: Ascend, at: Climb, geometry: Geometry, params: Params) -> Params:
-    return geometry.ball.power(at.u, at.scored.gradient)
+def _power(search: Ascend, at: Climb, frame: Frame) -> Params:
+    return frame.ball.power(at.u, at.scored.gradient)
 
 
-def _alternate(search: Ascend, at: Climb, geometry: Geometry, params: Params) -> Params:
-    g = at.best_scored.gradient
-    if bool(at.power.all()):
-        return geometry.ball.power(at.best, g)
-    walk = search.uphill(at.best, g, at.rate, geometry, params)
-    return P.where(at.power, geometry.ball.power(at.best, g), walk) if bool(at.power.any()) else walk
+def _alternate(search: Ascend, at: Climb, frame: Frame) -> Params:
+    if not bool(at.power.any()):
+        return search.walk(at, frame)
+    jump = frame.ball.power(at.best, at.best_scored.gradient)
+    return jump if bool(at.power.all()) else P.where(at.power, jump, search.walk(at, frame))
 
 
 RULES: dict[str, Rule] = {"riemannian": _riemannian, "power": _power, "alternate": _alternate}
@@ -215,8 +199,9 @@ class Lanczos:
     def __post_init__(self) -> None:
         _check_count("iterations", self.iterations, 1)
 
-    def __call__(self, score: SearchScore, geometry: Geometry, params: Params, generator: torch.Generator) -> Found:
-        q = Sphere()(geometry.ball, params, generator)
+    def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
+        params = frame.params
+        q = Sphere()(frame.ball, params, generator)
         alphas: list[Tensor] = []
         betas: list[Tensor] = []
         basis: list[Params] = []

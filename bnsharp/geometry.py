@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -57,15 +58,14 @@ class Constant:
 class GroupNorms:
     """``s(θ) = radius · ‖θ_i‖`` on group i: ``s(T_a θ) = a_i s(θ)``; a group of norm zero is not perturbed."""
 
-    groups: Groups
+    ball: GroupBall
     radius: float = 1.0
-    rest: str = "tensor"
 
     def __post_init__(self) -> None:
         _positive("radius", self.radius)
 
     def __call__(self, params: Params) -> Params:
-        partition = self.groups.partition_with(params, self.rest)
+        partition = self.ball.partition(params)
         return partition.spread([self.radius * n for n in partition.norms(params)], params)
 
 
@@ -236,10 +236,6 @@ class Geometry:
         """``v = s(θ) ⊙ u``, differentiable in θ with u held fixed; u may be a batch ``[n]``."""
         return P.pmap(lambda a, s: s * a, u, self.scale(params))
 
-    def pull(self, gradient: Params, params: Params) -> Params:
-        """``∂/∂u = s(θ) ⊙ ∂/∂v``: the adjoint of :meth:`place`."""
-        return self.place(gradient, params)
-
     def moving(self, u: Params, gradient_v: Params, params: Params) -> Params:
         """``(∂v/∂θ)ᵀ ∂S/∂v`` with u held: for group norms ``⟨∂S/∂v_i, u_i⟩ θ_i/‖θ_i‖`` on group i."""
         leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
@@ -250,13 +246,50 @@ class Geometry:
         grads = torch.autograd.grad(inner, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return P.make(dict(zip(leaves, grads, strict=True)))
 
-    def steepest(self, g: Params, params: Params, fill: Callable[[], Params]) -> Params:
-        """``argmax_{u ∈ ball} ⟨g, u⟩`` for ``g = ∂L/∂u``."""
-        return self.ball.steepest(g, self.scale(params), fill)
+    def at(self, params: Params) -> Frame:
+        """The geometry at one θ, what depends on θ computed once."""
+        return Frame(self, params)
 
-    def count(self, params: Params) -> Tensor:
-        """``K``: groups (coordinates, for a box) that are perturbed."""
-        return self.ball.count(self.scale(params), params)
+
+class Frame:
+    """A geometry at one θ: unit directions u stand for perturbations ``v = s(θ) ⊙ u``."""
+
+    def __init__(self, geometry: Geometry, params: Params):
+        self.geometry, self.params, self.ball = geometry, params, geometry.ball
+        self.scale = geometry.scale(params)
+
+    def place(self, u: Params, factor: float = 1.0) -> Params:
+        """``v = factor · s(θ) ⊙ u``."""
+        if factor == 1.0:
+            return P.pmap(lambda a, s: a * s, u, self.scale)
+        return P.pmap(lambda a, s: a * (factor * s), u, self.scale)
+
+    pull = place
+    """``∂/∂u = s(θ) ⊙ ∂/∂v``: the scale is diagonal, so that it is its own adjoint."""
+
+    def steepest(self, g: Params, fill: Callable[[], Params]) -> Params:
+        """``argmax_{u ∈ ball} ⟨g, u⟩`` for ``g = ∂L/∂u``; ``fill()`` where the gradient is negligible."""
+        return self.ball.steepest(g, self.scale, fill)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """``√K``, K the number of groups (coordinates, for a box) that are perturbed: the length of u."""
+        return self.ball.count(self.scale, self.params).sqrt()
+
+    def uphill(self, u: Params, g: Params, rate: Tensor, ambient: bool = False) -> Params:
+        """One Riemannian step of u ``[n]`` along the score's gradient ``g = ∂/∂u``, retracted onto the ball.
+
+        ``u_i + η√K g_i/‖g‖`` with g the tangent gradient; ``ambient``: the same step on v with one scalar step size,
+        ``v + η‖v‖ ∇_v/‖∇_v‖``, which is not equivariant under ``T_a``.
+        """
+        move = self.ball.tangent(u, g)
+        norm, length = P.norm(move), self.size
+        if ambient:
+            inverse = P.pmap(P.safe_reciprocal, self.scale)
+            slope = P.pmap(lambda a, r: a * r, move, inverse)  # with respect to v
+            norm, length = P.norm(slope), P.norm(self.place(u))
+            move = P.pmap(lambda a, r: a * r, slope, inverse)  # back in unit coordinates
+        return self.ball.retract(P.shift(u, P.times(P.safe_divide(rate * length, norm), move)))
 
 
 def Euclidean(scale: float, ball: str = "joint") -> Geometry:
@@ -268,7 +301,8 @@ def Groupwise(groups: Groups, radius: float = 1.0, rest: str = "tensor") -> Geom
     """``‖v_i‖ ≤ radius·‖θ_i‖`` for each group: invariant under ``T_a`` (Yi et al. 2019, definition 1)."""
     if rest not in ("tensor", "joint"):
         raise InputError(f"rest={rest!r}; expected 'tensor' (one group per tensor) or 'joint' (one group)")
-    return Geometry(GroupNorms(groups, radius, rest), GroupBall(groups, rest))
+    ball = GroupBall(groups, rest)
+    return Geometry(GroupNorms(ball, radius), ball)
 
 
 def Elementwise(radius: float, eta: float = 0.0, ball: str = "joint") -> Geometry:

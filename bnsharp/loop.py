@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bnsharp import params as P
-from bnsharp.objective import Engine, TrainingObjective
+from bnsharp.evaluation import Engine
+from bnsharp.objective import TrainingObjective
 from bnsharp.regularizers import Regularizer
 from bnsharp.types import State, Step
 
@@ -62,7 +63,7 @@ def backward(
     )
     for name, parameter in P.unwrap(module).named_parameters():
         if parameter.requires_grad:
-            update = step.gradient[P.clean_name(name)]
+            update = step.gradient[name]
             update = update if scale == 1.0 else scale * update
             if parameter.grad is None:
                 parameter.grad = update.clone()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.directions import Ascend, Directions, Draw, Lanczos
+from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Elementwise, Euclidean, Geometry, Groups, Groupwise, JointBall
 from bnsharp.laws import Ball, Box, Gaussian, Law, Rademacher, Uniform
-from bnsharp.objective import AbstractObjective, LossFunction, as_objective
 from bnsharp.profiles import Anchor, Curvature, ExactScore, Line, Profile, Rise
 from bnsharp.reduce import Maximum, Mean, PowerMean, Reduce
 from bnsharp.types import Estimate, Found, InputError, Params, suggest
@@ -60,7 +60,9 @@ class Measure:
         anchor = Anchor(objective, params)
         found = self.search(anchor, generator)
         if found.scored is None:
-            values, errors = self.profile.evaluate(anchor, self._placed(found, params))
+            frame = self.geometry.at(params)
+            v = P.Lazy(P.count(found.u), lambda i: frame.place(P.pick(found.u, i)))
+            values, errors = self.profile.evaluate(anchor, v)
         else:
             values, errors = found.scored.value, found.scored.extra["error"]
         if not bool(values.isfinite().all()):
@@ -100,14 +102,11 @@ class Measure:
 
     def search(self, anchor: Anchor, generator: torch.Generator | None, keep_gradient: bool = False) -> Found:
         """The directions at the anchor, scored by the profile itself where they are searched for."""
-        score = ExactScore(self.profile, self.geometry, anchor, keep_gradient)
+        frame = self.geometry.at(anchor.params)
+        score = ExactScore(self.profile, frame, anchor, keep_gradient)
         if generator is None:
             generator = P.seeded(DEFAULT_SEED, P.first(anchor.params).device)
-        return self.directions(score, self.geometry, anchor.params, generator)
-
-    def _placed(self, found: Found, params: Params) -> P.Lazy:
-        scale = self.geometry.scale(params)
-        return P.Lazy(P.count(found.u), lambda i: P.pmap(lambda a, s: s * a, P.pick(found.u, i), scale))
+        return self.directions(score, frame, generator)
 
     def _check(self, objective: AbstractObjective, params: Params) -> None:
         for name, value in params.items():

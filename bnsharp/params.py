@@ -16,19 +16,6 @@ from torch import Tensor, nn
 
 from bnsharp.types import InputError, Params
 
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without the prefixes that ``torch.compile`` and DDP put before it."""
-    changed = True
-    while changed:
-        changed = False
-        for prefix in _WRAPPER_PREFIXES:
-            if name.startswith(prefix):
-                name, changed = name[len(prefix) :], True
-    return name
-
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s and data-parallel wrappers."""
@@ -48,16 +35,16 @@ def make(values: Mapping[str, Tensor], batch_size: Sequence[int] = ()) -> Params
 
 def live(module: nn.Module) -> Params:
     """Views (no copies) of the parameters that require grad; what training works on."""
-    return make({clean_name(k): p.detach() for k, p in _trainable(module)})
+    return make({k: p.detach() for k, p in _trainable(module)})
 
 
 def parameters(module: nn.Module) -> Params:
     """Detached copies of the parameters of ``module`` that require grad.
 
-    Keys are ``module.named_parameters()`` without ``_orig_mod.`` or ``module.`` prefixes; a tied weight
-    appears once. Raises :class:`InputError` if there is none.
+    Keys are ``named_parameters()`` of the module inside ``torch.compile``'s and DDP's wrappers; a tied weight appears
+    once. Raises :class:`InputError` if there is none.
     """
-    return make({clean_name(k): p.detach().clone() for k, p in _trainable(module)})
+    return make({k: p.detach().clone() for k, p in _trainable(module)})
 
 
 def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -134,6 +121,11 @@ def shift(params: Params, v: Params, t: Tensor | float = 1.0) -> Params:
 def scaled(params: Params, factor: Tensor | float) -> Params:
     """``c θ``."""
     return pmap(lambda p: factor * p, params)
+
+
+def times(values: Tensor, x: Params) -> Params:
+    """Item i of a batch ``[n]`` (or one point) times ``values[i]``."""
+    return make({k: values.reshape(-1, *[1] * (v.ndim - 1)) * v for k, v in x.items()}, values.shape)
 
 
 def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Params:

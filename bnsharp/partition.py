@@ -102,16 +102,12 @@ class Partition:
             for name in group.members:
                 shape = _own_shape(like, name)
                 rows = shape[0] if shape else 1
-                if 1 < group.blocks < rows:
-                    spread = value.repeat_interleave(rows // group.blocks, dim=-1)
-                else:
-                    spread = value
-                out[name] = spread.reshape(*lead, *spread.shape[dims:], *[1] * (len(shape) - 1)) if shape else (
-                    value.reshape(lead)
-                )
+                cut = 1 < group.blocks < rows
+                each = value.repeat_interleave(rows // group.blocks, dim=-1) if cut else value
+                out[name] = each.reshape((*lead, *(each.shape[dims:] if shape else ()), *[1] * (len(shape) - 1)))
         for name in like.keys():
             if name not in out:
-                out[name] = like[name].new_zeros(*lead, *[1] * len(_own_shape(like, name)))
+                out[name] = like[name].new_zeros((*lead, *[1] * len(_own_shape(like, name))))
         return P.make({name: out[name] for name in like.keys()}, lead)
 
     def scale(self, x: Params, values: Sequence[Tensor]) -> Params:
@@ -136,7 +132,7 @@ def map_blocks(fn: Callable[..., Tensor], *blocks: Blocks) -> Blocks:
 
 def total(blocks: Blocks) -> Tensor:
     """Sum over all groups: ``[]`` or ``[n]``."""
-    return torch.stack([b.sum(-1) for b in blocks]).sum(0)
+    return torch.stack([b.sum(-1) for b in blocks]).sum(0) if blocks else torch.zeros(())
 
 
 def _own_shape(like: Params, name: str) -> torch.Size:

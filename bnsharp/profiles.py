@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.geometry import Geometry
+from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is_transformed
+from bnsharp.geometry import Frame
 from bnsharp.modes import math_attention
-from bnsharp.objective import AbstractObjective, LossFunction, as_objective, is_transformed
 from bnsharp.quadrature import SegmentLaw, check_nodes, line_points, power_norm
 from bnsharp.types import InputError, Params, Scored
 
@@ -277,19 +277,15 @@ def _grad(value: Tensor, leaves: dict[str, Tensor]) -> Params:
 class ExactScore:
     """A profile itself as what a search maximises (measuring, and exact gradients)."""
 
-    def __init__(self, profile: Profile, geometry: Geometry, anchor: Anchor, keep_gradient: bool = False):
-        self.profile, self.geometry, self.anchor, self.keep = profile, geometry, anchor, keep_gradient
-        self.scale = geometry.scale(anchor.params)
-
-    def _place(self, u: Params) -> Params:
-        return P.pmap(lambda a, s: s * a, u, self.scale)
+    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor, keep_gradient: bool = False):
+        self.profile, self.frame, self.anchor, self.keep = profile, frame, anchor, keep_gradient
 
     def slope(self) -> Params:
-        return self._place(self.anchor.gradient)
+        return self.frame.pull(self.anchor.gradient)
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """Scores; the gradient of the ``last`` batch of a search is left out unless it is to be kept."""
-        v = self._place(u)
+        v = self.frame.place(u)
         if last and not self.keep:
             values, errors = self.profile.evaluate(self.anchor, v)
             return Scored(values, P.zeros_like(u), P.make({"error": errors}, (len(values),)))
@@ -297,32 +293,25 @@ class ExactScore:
         extra: dict[str, Any] = {"error": errors}
         if self.keep:
             extra |= {"d_v": d_v, "d_theta": d_theta}
-        return Scored(values, self._place(d_v), P.make(extra, (len(values),)))
+        return Scored(values, self.frame.pull(d_v), P.make(extra, (len(values),)))
 
 
 class SecantScore:
     """``κ|f(δ)|`` (or ``κ f(δ)``) as what a search maximises: one gradient per direction, kept for the step."""
 
-    def __init__(self, profile: Profile, geometry: Geometry, anchor: Anchor):
-        self.profile, self.anchor = profile, anchor
+    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor):
+        self.profile, self.frame, self.anchor = profile, frame, anchor
         self.kappa, self.delta = profile.secant()
-        self.scale = geometry.scale(anchor.params)
-
-    def place(self, u: Params) -> Params:
-        """``δ v``."""
-        return P.pmap(lambda a, s: self.delta * (s * a), u, self.scale)
 
     def slope(self) -> Params:
-        return P.pmap(lambda a, s: s * a, self.anchor.gradient, self.scale)
+        return self.frame.pull(self.anchor.gradient)
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``."""
         del last
-        losses, grads = self.anchor.objective.many_value_and_grad(P.shift(self.anchor.params, self.place(u)))
+        points = P.shift(self.anchor.params, self.frame.place(u, self.delta))
+        losses, grads = self.anchor.objective.many_value_and_grad(points)
         f = losses - self.anchor.loss
         sign = torch.where(f < 0, -1.0, 1.0).to(f.dtype) if self.profile.absolute else torch.ones_like(f)
-        d_u = P.pmap(lambda g, s: s * g, self.place(grads), P.make(
-            {k: (self.kappa * sign).reshape(-1, *[1] * (g.ndim - 1)) for k, g in grads.items()}, (len(f),)
-        ))
-        extra = P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),))
-        return Scored(self.kappa * sign * f, d_u, extra)
+        d_u = P.times(self.kappa * self.delta * sign, self.frame.pull(grads))
+        return Scored(self.kappa * sign * f, d_u, P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -103,8 +103,8 @@ def _resampled(values: Tensor, rule: Rule, law: SegmentLaw, p: float, cuts: list
     n = min(256, max(24, math.ceil(p * len(rule.x) / 2) + 1))
     x, w = gauss_legendre(n)
     edges = [0.0, *cuts, 1.0]
-    z = np.concatenate([a + (b - a) * x for a, b in zip(edges[:-1], edges[1:], strict=True)])
-    weights = np.concatenate([(b - a) * w for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    z = np.concatenate([a + (b - a) * x for a, b in pairwise(edges)])
+    weights = np.concatenate([(b - a) * w for a, b in pairwise(edges)])
     matrix = values.new_tensor(rule.interpolation(z))
     dense = values.new_tensor(weights) * law.density(values.new_tensor(z) * law.reach) * law.reach
     return dense @ (matrix @ values).abs() ** p

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.directions import Ascend
+from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Elementwise, Euclidean, GroupBall
 from bnsharp.measures import DEFAULT_SEED, Measure
-from bnsharp.objective import AbstractObjective, LossFunction, as_objective
 from bnsharp.profiles import Anchor, ExactScore, Rise, SecantScore
 from bnsharp.reduce import Maximum, Reduce
 from bnsharp.types import InputError, Params, Scored, State, Step
@@ -79,8 +79,9 @@ def _weighted(weights: Tensor, x: Params) -> Params:
 
 
 def _secant_scores(measure: Measure, anchor: Anchor, generator: torch.Generator) -> tuple[SecantScore, Any, Scored]:
-    score = SecantScore(measure.profile, measure.geometry, anchor)
-    found = measure.directions(score, measure.geometry, anchor.params, generator)
+    frame = measure.geometry.at(anchor.params)
+    score = SecantScore(measure.profile, frame, anchor)
+    found = measure.directions(score, frame, generator)
     return score, found.u, found.scored if found.scored is not None else _score_all(score, found.u)
 
 
@@ -111,8 +112,9 @@ def _tangent(measure: Measure, anchor: Anchor, generator: torch.Generator) -> tu
 
 def _exact(measure: Measure, anchor: Anchor, generator: torch.Generator) -> tuple[Tensor, Params]:
     """``∇_θ S`` with the unit direction u held and ``v = s(θ) ⊙ u`` moving with θ."""
-    score = ExactScore(measure.profile, measure.geometry, anchor, keep_gradient=True)
-    found = measure.directions(score, measure.geometry, anchor.params, generator)
+    frame = measure.geometry.at(anchor.params)
+    score = ExactScore(measure.profile, frame, anchor, keep_gradient=True)
+    found = measure.directions(score, frame, generator)
     scored = found.scored if found.scored is not None else _score_all(score, found.u)
     value, w = _reduced(measure.reduce, scored.value)
     r = _weighted(w, scored.extra["d_theta"])

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bnsharp import params as P
 from bnsharp.checkpoint import METRICS, TIMING, RunFolder
+from bnsharp.evaluation import Engine
 from bnsharp.loop import backward
-from bnsharp.objective import Engine
 from bnsharp.regularizers import Plain, Regularizer, check_weight
 from bnsharp.schedules import Schedule, constant
 from bnsharp.types import DivergedError, InputError, State, Step

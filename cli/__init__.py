@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import typer
-
 from bnsharp.cli import demo, listing, measure, train
 
 app = typer.Typer(

@@ -15,8 +15,9 @@ def listing(
     what: Annotated[str, typer.Argument(help="measures, algorithms, models or data; all of them by default")] = "",
 ) -> None:
     """List the measures, algorithms, models and data sets that there are, with their options."""
-    from bnsharp import algorithms, data, measures, models
     from bnsharp.cli.display import console, table
+
+    from bnsharp import algorithms, data, measures, models
     from bnsharp.types import InputError, suggest
 
     tables = {

@@ -29,10 +29,11 @@ def measure(
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
 ) -> None:
     """Measure the sharpness of a network on its training data, with sampling and numerical errors."""
-    from bnsharp.checkpoint import to_json
     from bnsharp.cli.display import console, load_progress, number, progress, table
     from bnsharp.experiments.measuring import measure_all, options_for
     from bnsharp.experiments.sources import open_source
+
+    from bnsharp.checkpoint import to_json
 
     names = list(dict.fromkeys(measures or DEFAULT))
     options = options_for(names, set_ or [])

@@ -28,6 +28,7 @@ def train(
     from bnsharp.cli.display import console, load_progress, number, progress, table
     from bnsharp.experiments.config import make_config
     from bnsharp.experiments.run import train as run
+
     from bnsharp.types import InputError
 
     if resume and overwrite:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bnsharp.experiments.config import parse_setting
+from bnsharp.experiments.run import objective_of, probe_batch
 from torch import Tensor, nn
 
 from bnsharp import measures
 from bnsharp import params as P
 from bnsharp.data import ImageData
-from bnsharp.experiments.config import parse_setting
-from bnsharp.experiments.run import objective_of, probe_batch
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.modes import exact_norms
 from bnsharp.types import InputError, Params, suggest

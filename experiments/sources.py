@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bnsharp.experiments.config import RunConfig
+from bnsharp.experiments.run import load_data, load_state, read_run
 from torch import nn
 
 from bnsharp.checkpoint import CONFIG, load
 from bnsharp.data import ImageData
-from bnsharp.experiments.config import RunConfig
-from bnsharp.experiments.run import load_data, load_state, read_run
 from bnsharp.models import build
 from bnsharp.types import InputError, suggest
 

@@ -110,7 +110,7 @@ def test_activation_option_is_used(name, shape, activation):
 
 def test_registry_describes_every_model():
     for spec in MODELS.values():
-        assert spec.summary and spec.source and "\n" not in spec.summary + spec.source
+        assert all(text and "\n" not in text for text in (spec.summary, spec.source))
     assert MODELS["bn-mlp"].options == {"width": 128, "depth": 2, "activation": "relu"}
 
 

@@ -1,0 +1,245 @@
+"""Evaluating losses, gradients and Hessian products: one point or many, one batch or a weighted mean of batches.
+
+Everything that evaluates a loss or a gradient goes through :class:`AbstractObjective`, so that engines (loop or vmap),
+counting and averaging over batches live in one place. A plain function ``Params -> Tensor []`` is accepted wherever an
+objective is: see :func:`as_objective`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnsharp import params as P
+from bnsharp.modes import math_attention
+from bnsharp.types import InputError, LossFunction, Params
+
+Term = tuple[float, LossFunction]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How n points are evaluated: one after the other, or ``chunk`` at a time by ``torch.func.vmap``.
+
+    Both give the same numbers up to rounding; neither is faster everywhere (vmap over the weights of a
+    convolution becomes a grouped convolution). Never more than ``chunk`` points are held at once.
+    """
+
+    name: str = "loop"
+    chunk: int = 16
+
+    def __post_init__(self) -> None:
+        if self.name not in ("loop", "vmap"):
+            raise InputError(f"engine {self.name!r}; expected 'loop' or 'vmap'")
+        if self.chunk < 1:
+            raise InputError(f"engine chunk {self.chunk}; expected at least 1")
+
+
+def is_transformed(params: Params) -> bool:
+    """Whether a ``torch.func`` transform is under way: there, gradients must be taken by ``torch.func`` too."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(v) for v in params.values())
+
+
+def _value_and_grad(fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
+    if is_transformed(params):
+        grads, value = torch.func.grad_and_value(lambda d: fn(P.make(d)))(dict(params.items()))
+        return value, P.make(grads)
+    leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+    with torch.enable_grad():
+        value = fn(P.make(leaves))
+    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return value.detach(), P.make(dict(zip(leaves, grads, strict=True)))
+
+
+class AbstractObjective(ABC):
+    """A weighted mean of losses, one term per batch. Subclasses say what the terms are."""
+
+    statistics: str | None = None
+    batch_size: int | None = None
+
+    def __init__(self, engine: Engine | str = "loop"):
+        self.engine = Engine(engine) if isinstance(engine, str) else engine
+        self.evaluations: Counter[str] = Counter()
+
+    @abstractmethod
+    def _terms(self) -> Iterator[Term]:
+        """``(weight, loss)`` per batch; the objective is ``Σ w_b L_b / Σ w_b``."""
+
+    def _session(self) -> AbstractContextManager[Any]:
+        """The context in which terms are evaluated."""
+        return nullcontext()
+
+    def _mean(self, evaluate: Callable[[LossFunction], Any], add: Callable[[Any, float, Any], Any]) -> Any:
+        result, weights = None, 0.0
+        with self._session():
+            for weight, fn in self._terms():
+                part = evaluate(fn)
+                weights += weight
+                # running mean: a single batch is returned unchanged
+                result = part if result is None else add(result, weight / weights, part)
+        if result is None:
+            raise InputError("the objective's data holds no batch; expected at least one")
+        return result
+
+    def __call__(self, params: Params) -> Tensor:
+        """``L(θ)``, a scalar; transformable by ``torch.func`` when the data is one batch."""
+        self.evaluations["losses"] += 1
+        return self._mean(lambda fn: fn(params), lambda a, w, b: a + w * (b - a))
+
+    def value_and_grad(self, params: Params) -> tuple[Tensor, Params]:
+        """``L(θ)`` and ``∇L(θ)``, detached."""
+        self.evaluations["gradients"] += 1
+        return self._mean(
+            lambda fn: _value_and_grad(fn, params),
+            lambda a, w, b: (a[0] + w * (b[0] - a[0]), P.combine(1 - w, a[1], w, b[1])),
+        )
+
+    def many(self, source: Params | Sequence[Params]) -> Tensor:
+        """``[L(θ_1), …, L(θ_n)]`` for a batch ``[n]`` or a sequence made on demand: shape ``[n]``."""
+        n = P.count(source)
+        if n == 0:
+            raise InputError("many() got an empty sequence of points; expected at least one")
+        self.evaluations["losses"] += n
+        return self._mean(
+            lambda fn: torch.cat([self._losses(fn, chunk) for chunk in self._chunks(source, n)]),
+            lambda a, w, b: a + w * (b - a),
+        )
+
+    def along(self, params: Params, v: Params, t: Tensor) -> Tensor:
+        """``[L(θ + t_1 v), …, L(θ + t_n v)]``, shape ``[n]``; never n copies of θ at once."""
+        return self.many(P.Lazy(len(t), lambda k: P.shift(params, v, t[k])))
+
+    def many_value_and_grad(self, source: Params | Sequence[Params]) -> tuple[Tensor, Params]:
+        """Losses ``[n]`` and gradients, a batch ``[n]``; detached."""
+        n = P.count(source)
+        self.evaluations["gradients"] += n
+
+        def evaluate(fn: LossFunction) -> tuple[Tensor, Params]:
+            parts = [self._grads(fn, chunk) for chunk in self._chunks(source, n)]
+            if len(parts) == 1:
+                return parts[0]
+            values = torch.cat([v for v, _ in parts])
+            keys = parts[0][1].keys()
+            return values, P.make({k: torch.cat([g[k] for _, g in parts]) for k in keys}, (n,))
+
+        return self._mean(
+            evaluate, lambda a, w, b: (a[0] + w * (b[0] - a[0]), P.combine(1 - w, a[1], w, b[1]))
+        )
+
+    def weighted_gradients(self, source: Params | Sequence[Params], weights: Tensor) -> Params:
+        """``Σ_k W_jk ∇L(θ_k)`` for ``W`` of shape ``[m, n]``: a batch ``[m]``; one chunk of gradients is held."""
+        n = P.count(source)
+        self.evaluations["gradients"] += n
+
+        def evaluate(fn: LossFunction) -> Params:
+            total, start = None, 0
+            for chunk in self._chunks(source, n):
+                _, grads = self._grads(fn, chunk)
+                size = P.count(grads)
+                w = weights[:, start : start + size]
+                part = P.make(
+                    {k: torch.tensordot(w.to(g.dtype), g, dims=1) for k, g in grads.items()}, (len(w),)
+                )
+                total = part if total is None else P.combine(1.0, total, 1.0, part)
+                start += size
+            assert total is not None
+            return total
+
+        return self._mean(evaluate, lambda a, w, b: P.combine(1 - w, a, w, b))
+
+    def hessian(self, params: Params) -> Callable[[Params], Params]:
+        """The Hessian at θ as a function ``v ↦ H v`` (exact, by a second backward pass; detached).
+
+        On a single batch the graph of the gradient is built once and reused by every product.
+        """
+        leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+        inputs = list(leaves.values())
+
+        def gradient(fn: LossFunction) -> Sequence[Tensor]:
+            with math_attention():
+                loss = fn(P.make(leaves))
+                return torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True, allow_unused=True)
+
+        def product(grads: Sequence[Tensor], v: Params) -> Params:
+            outputs = [g for g in grads if g.requires_grad]
+            if not outputs:
+                return P.zeros_like(v)
+            vectors = [v[k] for k, g in zip(leaves, grads, strict=True) if g.requires_grad]
+            hv = torch.autograd.grad(
+                outputs, inputs, vectors, retain_graph=True, materialize_grads=True, allow_unused=True
+            )
+            return P.make(dict(zip(leaves, hv, strict=True)))
+
+        kept: list[Any] = []
+        with torch.enable_grad(), self._session():
+            terms = self._terms()
+            first, second = next(terms, None), next(terms, None)
+            if first is not None and second is None:
+                kept.append(gradient(first[1]))
+
+        def apply(v: Params) -> Params:
+            self.evaluations["products"] += 1
+            if kept:
+                return product(kept[0], v)
+            with torch.enable_grad():
+                return self._mean(
+                    lambda fn: product(gradient(fn), v), lambda a, w, b: P.combine(1 - w, a, w, b)
+                )
+
+        return apply
+
+    def check(self, params: Params) -> None:
+        """Raise :class:`InputError` if the objective is unfit for measuring; a plain function is taken as it is."""
+        return
+
+    def _chunks(self, source: Params | Sequence[Params], n: int) -> Iterator[list[Params]]:
+        size = self.engine.chunk if self.engine.name == "vmap" else 1
+        for start in range(0, n, size):
+            yield [P.pick(source, i) for i in range(start, min(start + size, n))]
+
+    def _losses(self, fn: LossFunction, points: list[Params]) -> Tensor:
+        if len(points) == 1:
+            return fn(points[0]).unsqueeze(0)
+        stacked = dict(P.stack(points).items())
+        return torch.func.vmap(lambda d: fn(P.make(d)))(stacked)
+
+    def _grads(self, fn: LossFunction, points: list[Params]) -> tuple[Tensor, Params]:
+        if len(points) == 1:
+            value, grad = _value_and_grad(fn, points[0])
+            return value.unsqueeze(0), P.batch(grad)
+        stacked = {k: v.detach() for k, v in P.stack(points).items()}
+        grads, values = torch.func.vmap(torch.func.grad_and_value(lambda d: fn(P.make(d))))(stacked)
+        return values, P.make(grads, (len(points),))
+
+
+class FunctionObjective(AbstractObjective):
+    """A plain function ``Params -> Tensor []`` as an objective."""
+
+    def __init__(self, fn: LossFunction, engine: Engine | str = "loop"):
+        super().__init__(engine)
+        self.fn = fn
+
+    def _terms(self) -> Iterator[Term]:
+        yield 1.0, self.fn
+
+
+def as_objective(objective: AbstractObjective | LossFunction) -> AbstractObjective:
+    """The objective itself, or a plain function wrapped as one."""
+    if isinstance(objective, AbstractObjective):
+        return objective
+    if not callable(objective):
+        raise InputError(
+            f"expected an objective or a function of parameters, got {type(objective).__name__}: "
+            "use bnsharp.Objective(module, criterion, data)"
+        )
+    return FunctionObjective(objective)
+
+
