@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from bnsharp.checks import positive, suggest
 from bnsharp.geometry import Groups
 from bnsharp.measures import bn_sharpness
 from bnsharp.regularizers import Penalty, Plain, Regularizer, check_weight, sam
-from bnsharp.types import InputError, suggest
+from bnsharp.types import InputError
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class Family:
-    """Algorithms that share a builder; ``pattern`` matches their names, its groups are the builder's first arguments."""
+    """Algorithms that share a builder; ``pattern`` matches their names, its numbers are passed to the builder."""
 
     pattern: str
     build: Callable[..., Algorithm]
@@ -78,8 +78,7 @@ def sgds(
 ) -> Algorithm:
     """SGD with BN-Sharpness; ``weight=None`` is ``λ = (p+1)^{1/p}``, at which c = λκ = 1."""
     for label, growth in (("delta_growth", delta_growth), ("weight_growth", weight_growth)):
-        if not (math.isfinite(growth) and growth > 0):
-            raise InputError(f"{label}={growth}; expected a finite {label} > 0")
+        positive(label, growth)
 
     def regularizer(epoch: int) -> Penalty:
         measure = bn_sharpness(

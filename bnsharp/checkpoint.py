@@ -1,7 +1,7 @@
 """Run folders: atomic files, checkpoints without unpickling, refusal to overwrite.
 
-A run folder holds ``config.json`` (everything needed to repeat the run), ``metrics.jsonl`` (one record per epoch, nothing
-in it depends on time), ``timing.jsonl``, ``checkpoint.pt`` and ``summary.json``.
+A run folder holds ``config.json`` (everything needed to repeat the run), ``metrics.jsonl`` (one record per epoch,
+nothing in it depends on time), ``timing.jsonl``, ``checkpoint.pt`` and ``summary.json``.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class RunFolder:
         for key in sorted({*stored, *config}):
             if key not in may_differ and stored.get(key) != config.get(key):
                 raise InputError(
-                    f"{folder.path} was run with {key}={stored.get(key)!r}, now {config.get(key)!r}; a run resumes with "
-                    "its own configuration: change it back, or pass --overwrite"
+                    f"{folder.path} was run with {key}={stored.get(key)!r}, now {config.get(key)!r}; a run resumes "
+                    "with its own configuration: change it back, or pass --overwrite"
                 )
         return folder
 

@@ -6,11 +6,9 @@ random stream. Batches and augmentation draw from the generators passed in. The 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from bnsharp.checks import suggest, whole
 from bnsharp.types import InputError
 
 Pair = tuple[Tensor, Tensor]
@@ -31,12 +30,6 @@ RawData = tuple[Pair, Pair | None, tuple[str, ...]]
 """As read: training pair, test pair, names of the classes; without a test pair, the first is a pool still to split."""
 
 _SPLIT, _TEST_ORDER, _NOISE = range(3)  # random streams: one seed serves all, without correlation
-
-
-def _require_integer(what: str, value: int, minimum: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise InputError(f"{what}={value!r}; expected an integer of at least {minimum}: pass such a number")
-    return value
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Augmentation:
     crop: int = 0
 
     def __post_init__(self) -> None:
-        _require_integer("crop", self.crop, minimum=0)
+        whole("crop", self.crop, least=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +123,7 @@ class ImageData:
         return self._first(n, self.test_images, self.test_labels)
 
     def _first(self, n: int | None, images: Tensor, labels: Tensor) -> Pair:
-        n = len(labels) if n is None else _require_integer("n", n)
+        n = len(labels) if n is None else whole("n", n)
         if n > len(labels):
             raise InputError(f"the first n={n} examples of {self.name}; expected at most {len(labels)}: lower n")
         return self.normalize(images[:n]), labels[:n]
@@ -157,7 +150,7 @@ def epoch_indices(n: int, batch_size: int, generator: torch.Generator, drop_last
     The permutation is drawn at the call, on the generator's device. A last batch that is not full is dropped unless
     ``drop_last`` is false. Raises :class:`InputError` if ``batch_size`` exceeds ``n``.
     """
-    if _require_integer("batch_size", batch_size) > n:
+    if whole("batch_size", batch_size) > n:
         raise InputError(f"batch_size={batch_size} for {n} examples; expected at most {n}: lower batch_size")
     batches = torch.split(torch.randperm(n, generator=generator, device=generator.device), batch_size)
     return iter(batches[: n // batch_size] if drop_last else batches)
@@ -219,16 +212,16 @@ def load(
         train_size: keep a stratified subset of the training images; where a pool is split, the rest is for testing.
         image_size: resize to ``(H, W)`` or a square, in pixels; bilinear with antialiasing.
         download: fetch a named set that is missing.
-        progress: called with the images decoded so far and their total, now and then while a folder is read.
+        progress: called with the number of images decoded so far and their total, after each image of a folder.
 
     Raises:
         InputError: unknown name, data that are missing, unreadable or of unequal size, a number out of range.
     """
     _require_fraction(label_noise)
-    _require_integer("seed", seed, minimum=0)
+    whole("seed", seed, least=0)
     size, name = _image_size(image_size), os.fspath(name_or_folder)
     if train_size is not None:
-        _require_integer("train_size", train_size)
+        whole("train_size", train_size)
     if (spec := DATASETS.get(name)) is not None:
         home = Path(root or os.environ.get("BNSHARP_DATA") or "~/.cache/bnsharp").expanduser()
         (pool, test, classes), augmentation, default = spec.loader(home, download), spec.augmentation, spec.train_size
@@ -303,24 +296,16 @@ def _read_folder(root: Path, size: tuple[int, int] | None, progress: Callable[[i
     classes = _class_names(root)
     files = [[_entries(root / split / name, Path.is_file) for name in classes] for split in ("train", "test")]
     paths = [path for split in files for group in split for path in group]
-    shape = _decode(paths[0], size).shape[:2]
-
-    def read(part: list[Path]) -> list[np.ndarray]:
-        decoded = [_decode(path, size) for path in part]
-        for path, image in zip(part, decoded, strict=True):
-            if image.shape[:2] != shape:
-                sizes = f"{path} is of size {image.shape[:2]}, {paths[0]} of {shape}"
-                raise InputError(f"{sizes}; expected one size: pass image_size")
-        return decoded
-
     images: list[np.ndarray] = []
-    with ThreadPoolExecutor() as pool:
-        for decoded in pool.map(read, (paths[i : i + 32] for i in range(0, len(paths), 32))):
-            images += decoded
-            if progress is not None:
-                progress(len(images), len(paths))
+    for path in paths:
+        images.append(_decode(path, size))
+        shape, first = images[-1].shape[:2], images[0].shape[:2]
+        if shape != first:
+            raise InputError(f"{path} is of size {shape}, {paths[0]} of {first}; expected one size: pass image_size")
+        if progress is not None:
+            progress(len(images), len(paths))
     channels = max(image.shape[2] for image in images)
-    stacked = torch.from_numpy(np.stack([np.broadcast_to(image, (*shape, channels)) for image in images]))
+    stacked = torch.from_numpy(np.stack([np.broadcast_to(image, (*first, channels)) for image in images]))
     labels = [torch.tensor([i for i, group in enumerate(split) for _ in group]) for split in files]
     train, test = torch.split(rearrange(stacked, "n h w c -> n c h w"), [len(part) for part in labels])
     return (train, labels[0]), (test, labels[1]), classes
@@ -328,11 +313,9 @@ def _read_folder(root: Path, size: tuple[int, int] | None, progress: Callable[[i
 
 def _class_names(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
-        close = difflib.get_close_matches(str(root), DATASETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "correct the name or path"
         raise InputError(
             f"'{root}' is neither a data set nor a folder; expected one of {', '.join(DATASETS)}, or a folder with "
-            f"train/<class>/ and test/<class>/: {hint}"
+            f"train/<class>/ and test/<class>/{suggest(root, DATASETS)}"
         )
     train, test = ({path.name for path in _entries(root / split, Path.is_dir)} for split in ("train", "test"))
     if train != test:
@@ -383,7 +366,7 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stream(seed: int, stream: int) -> torch.Generator:
-    _require_integer("seed", seed, minimum=0)
+    whole("seed", seed, least=0)
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0]))
 
 
@@ -396,4 +379,4 @@ def _image_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     height, width = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
-    return _require_integer("image_size", height), _require_integer("image_size", width)
+    return whole("image_size", height), whole("image_size", width)

@@ -1,12 +1,12 @@
 """Directions: which perturbations are tried. Draw and integrate, ascend to the sharpest, or take given ones.
 
-Each is a frozen value called as ``(score, frame, generator) -> Found``, the frame being the geometry at θ. ``score(u [n])`` gives the values, the
-gradients ``∂/∂u`` and whatever its owner wants kept of the best direction, so that training pays for nothing twice.
+Each is a frozen value called as ``(score, frame, generator) -> Found``, the frame being the geometry at θ.
+``score(u [n])`` gives the values, the gradients ``∂/∂u`` and whatever its owner wants kept of the best direction, so
+that training pays for nothing twice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.checks import one_of, positive, whole
 from bnsharp.geometry import Frame
 from bnsharp.laws import Law, Sphere
-from bnsharp.types import Found, InputError, Params, Scored
+from bnsharp.types import Found, Params, Scored
 
 
 class SearchScore(Protocol):
@@ -34,11 +35,6 @@ class Directions(Protocol):
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found: ...
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if value != int(value) or value < least:
-        raise InputError(f"{name}={value}; expected a whole number of at least {least}")
-
-
 @dataclass(frozen=True)
 class Draw:
     """``n`` independent draws of a law; each is remade from its own seed when asked for, never n at once."""
@@ -47,7 +43,7 @@ class Draw:
     n: int
 
     def __post_init__(self) -> None:
-        _check_count("draws", self.n, 1)
+        whole("draws", self.n)
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         params, ball = frame.params, frame.ball
@@ -110,14 +106,11 @@ class Ascend:
     coordinates: str = "unit"
 
     def __post_init__(self) -> None:
-        _check_count("steps", self.steps, 0)
-        _check_count("restarts", self.restarts, 0)
-        if self.rule not in RULES:
-            raise InputError(f"rule={self.rule!r}; expected one of {sorted(RULES)}")
-        if self.coordinates not in ("unit", "ambient"):
-            raise InputError(f"coordinates={self.coordinates!r}; expected 'unit' or 'ambient'")
-        if not (math.isfinite(self.rate) and self.rate > 0):
-            raise InputError(f"rate={self.rate}; expected a finite rate > 0")
+        whole("steps", self.steps, 0)
+        whole("restarts", self.restarts, 0)
+        one_of("rule", self.rule, RULES)
+        one_of("coordinates", self.coordinates, ("unit", "ambient"))
+        positive("rate", self.rate)
 
     def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Params:
         """The steepest start and the random ones: a batch ``[1 + restarts]``."""
@@ -197,7 +190,8 @@ class Lanczos:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check_count("iterations", self.iterations, 1)
+        whole("iterations", self.iterations)
+        positive("tolerance", self.tolerance)
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         params = frame.params

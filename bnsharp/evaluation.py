@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.checks import one_of, whole
 from bnsharp.modes import math_attention
 from bnsharp.types import InputError, LossFunction, Params
 
@@ -36,10 +37,8 @@ class Engine:
     chunk: int = 16
 
     def __post_init__(self) -> None:
-        if self.name not in ("loop", "vmap"):
-            raise InputError(f"engine {self.name!r}; expected 'loop' or 'vmap'")
-        if self.chunk < 1:
-            raise InputError(f"engine chunk {self.chunk}; expected at least 1")
+        one_of("engine", self.name, ("loop", "vmap"))
+        whole("chunk", self.chunk)
 
 
 def is_transformed(params: Params) -> bool:

@@ -7,7 +7,6 @@ The ball is a set of unit directions u: joint (``‖u‖ ≤ 1``), groupwise (``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.checks import at_least, one_of, positive
 from bnsharp.partition import Partition, map_blocks, total
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 NEGLIGIBLE = 1e-12
 """A group's gradient is negligible when its norm is below this fraction of the sum over groups."""
@@ -33,11 +33,6 @@ class Groups(Protocol):
     def partition_with(self, params: Params, rest: str = "tensor") -> Partition: ...
 
 
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name}={value}; expected a finite {name} > 0")
-
-
 # ---------------------------------------------------------------- scales
 
 
@@ -48,7 +43,7 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        _positive("scale", self.value)
+        positive("scale", self.value)
 
     def __call__(self, params: Params) -> Params:
         return P.pmap(lambda p: p.new_full((1,) * p.ndim, self.value), params)
@@ -62,7 +57,7 @@ class GroupNorms:
     radius: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive("radius", self.radius)
+        positive("radius", self.radius)
 
     def __call__(self, params: Params) -> Params:
         partition = self.ball.partition(params)
@@ -77,9 +72,8 @@ class Magnitude:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("radius", self.radius)
-        if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise InputError(f"eta={self.eta}; expected a finite eta >= 0")
+        positive("radius", self.radius)
+        at_least("eta", self.eta, 0)
 
     def __call__(self, params: Params) -> Params:
         return P.pmap(lambda p: self.radius * (p.abs() + self.eta), params)
@@ -299,8 +293,7 @@ def Euclidean(scale: float, ball: str = "joint") -> Geometry:
 
 def Groupwise(groups: Groups, radius: float = 1.0, rest: str = "tensor") -> Geometry:
     """``‖v_i‖ ≤ radius·‖θ_i‖`` for each group: invariant under ``T_a`` (Yi et al. 2019, definition 1)."""
-    if rest not in ("tensor", "joint"):
-        raise InputError(f"rest={rest!r}; expected 'tensor' (one group per tensor) or 'joint' (one group)")
+    one_of("rest", rest, ("tensor", "joint"))
     ball = GroupBall(groups, rest)
     return Geometry(GroupNorms(ball, radius), ball)
 
@@ -312,6 +305,5 @@ def Elementwise(radius: float, eta: float = 0.0, ball: str = "joint") -> Geometr
 
 def _ball(name: str) -> AnyBall:
     balls: dict[str, AnyBall] = {"joint": JointBall(), "box": BoxBall()}
-    if name not in balls:
-        raise InputError(f"ball={name!r}; expected one of {sorted(balls)}")
+    one_of("ball", name, balls)
     return balls[name]

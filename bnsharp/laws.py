@@ -6,7 +6,6 @@ that is ``1/d_i`` per coordinate, in a groupwise ball.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.checks import positive
 from bnsharp.partition import Partition
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 
 class HasPartition(Protocol):
@@ -99,8 +99,7 @@ class Uniform:
     delta: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.delta) and self.delta > 0):
-            raise InputError(f"delta={self.delta}; expected a finite delta > 0")
+        positive("delta", self.delta)
 
     @property
     def reach(self) -> float:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.checks import unknown
 from bnsharp.directions import Ascend, Directions, Draw, Lanczos
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Elementwise, Euclidean, Geometry, Groups, Groupwise, JointBall
 from bnsharp.laws import Ball, Box, Gaussian, Law, Rademacher, Uniform
 from bnsharp.profiles import Anchor, Curvature, ExactScore, Line, Profile, Rise
 from bnsharp.reduce import Maximum, Mean, PowerMean, Reduce
-from bnsharp.types import Estimate, Found, InputError, Params, suggest
+from bnsharp.types import Estimate, Found, InputError, Params
 
 DEFAULT_SEED = 0
 """The seed used where no generator is given: measuring twice gives the same number."""
@@ -218,7 +219,7 @@ def hessian_trace(*, geometry: Geometry | None = None, draws: int = 100) -> Meas
 
 @dataclass(frozen=True)
 class MeasureSpec:
-    """A named measure for listings and commands: its builder, and whether rescaling scale groups leaves it unchanged."""
+    """A named measure for listings and commands: its builder, and whether rescaling scale groups leaves it alone."""
 
     build: Callable[..., Measure]
     summary: str
@@ -238,7 +239,9 @@ MEASURES: dict[str, MeasureSpec] = {
         "Yi et al. 2019, definition 1", needs_groups=True, invariant=True,
     ),
     "gaussian": MeasureSpec(gaussian, "mean loss rise under Gaussian noise of size sigma", "Neyshabur et al. 2017"),
-    "lebesgue_ball": MeasureSpec(lebesgue_ball, "mean loss rise over a ball (or box) of radius delta", "Wen et al. 2018"),
+    "lebesgue_ball": MeasureSpec(
+        lebesgue_ball, "mean loss rise over a ball (or box) of radius delta", "Wen et al. 2018"
+    ),
     "epsilon_sharpness": MeasureSpec(
         epsilon_sharpness, "largest loss rise found in a ball of radius delta", "Keskar et al. 2017"
     ),
@@ -255,13 +258,12 @@ def build_measure(name: str, groups: Groups | None = None, **options: Any) -> Me
         InputError: an unknown name or option (with the nearest known one), scale groups missing.
     """
     if name not in MEASURES:
-        raise InputError(f"unknown measure {name!r}; expected one of {', '.join(MEASURES)}" + suggest(name, MEASURES))
+        raise unknown("measure", name, MEASURES)
     spec = MEASURES[name]
     known = spec.options()
     for key in options:
         if key not in known:
-            raise InputError(f"measure {name!r} has no option {key!r}; expected one of {', '.join(known)}"
-                             + suggest(key, known))
+            raise unknown(f"option of {name}", key, known)
     if spec.needs_groups and groups is None:
         raise InputError(f"measure {name!r} needs the network's scale groups: pass bnsharp.scale_groups(module, x)")
     return spec.build(*((groups,) if spec.needs_groups else ()), **options)

@@ -6,10 +6,8 @@ names (``linear1``, ``norm1``, …, ``head``), so that parameters read well in t
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 from einops.layers.torch import Rearrange, Reduce
 from torch import nn
 
+from bnsharp.checks import unknown, whole
 from bnsharp.types import InputError
 
 Shape = tuple[int, int, int]
@@ -66,14 +65,14 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, *, seed: int, *
     """
     spec = MODELS.get(name)
     if spec is None:
-        raise InputError(_unknown("model", name, MODELS))
+        raise unknown("model", name, MODELS)
     for option in options:
         if option not in spec.options:
-            raise InputError(_unknown(f"option of {name}", option, spec.options))
+            raise unknown(f"option of {name}", option, spec.options)
     if len(input_shape) != 3:
         raise InputError(f"input_shape={tuple(input_shape)}; expected (channels, height, width): pass three integers")
-    channels, height, width = (_integer("input_shape", size) for size in input_shape)
-    classes, seed = _integer("classes", classes), _integer("seed", seed, minimum=0)
+    channels, height, width = (whole("input_shape", size) for size in input_shape)
+    classes, seed = whole("classes", classes), whole("seed", seed, least=0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return spec.builder((channels, height, width), classes, **options)
@@ -86,7 +85,7 @@ def bn_mlp(
 
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 4.1.
     """
-    width, depth = _integer("width", width), _integer("depth", depth)
+    width, depth = whole("width", width), whole("depth", depth)
     act = _choice("activation", activation, ACTIVATIONS)
     layers: dict[str, nn.Module] = {"flatten": Rearrange("n c h w -> n (c h w)")}
     inputs = math.prod(input_shape)
@@ -175,7 +174,7 @@ def conv_bn(input_shape: Shape, classes: int, *, width: int = 8) -> nn.Module:
 
     The smallest network with the layers of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.2; any image size.
     """
-    width = _integer("width", width)
+    width = whole("width", width)
     layers: dict[str, nn.Module] = {}
     for i, inputs in enumerate((input_shape[0], width), start=1):
         layers[f"conv{i}"] = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
@@ -196,26 +195,10 @@ def _sequential(layers: dict[str, nn.Module]) -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _unknown(what: str, given: object, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(str(given), known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "pass one of these"
-    return f"unknown {what} {given!r}; expected one of {', '.join(known)}: {hint}"
-
-
 def _choice(option: str, given: str, known: dict[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
     if given not in known:
-        raise InputError(_unknown(option, given, known))
+        raise unknown(option, given, known)
     return known[given]
-
-
-def _integer(what: str, given: Any, minimum: int = 1) -> int:
-    try:
-        value = operator.index(given)
-    except TypeError:
-        value = minimum - 1
-    if isinstance(given, bool) or value < minimum:
-        raise InputError(f"{what}={given!r}; expected an integer of at least {minimum}: pass such a number")
-    return value
 
 
 def _require_size(name: str, sides: list[int], minimum: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bnsharp import params as P
+from bnsharp.checks import one_of
 from bnsharp.evaluation import AbstractObjective, Engine, Term
 from bnsharp.modes import frozen_statistics, measuring
 from bnsharp.types import InputError, Params
@@ -102,8 +103,7 @@ class Objective(_ModuleObjective):
         engine: Engine | str = "loop",
     ):
         super().__init__(module, criterion, engine)
-        if statistics not in ("batch", "running"):
-            raise InputError(f"statistics={statistics!r}; expected 'batch' or 'running'")
+        one_of("statistics", statistics, ("batch", "running"))
         self.statistics = statistics
         self.batches: Iterable[tuple[Any, Any]] = (tuple(data),) if _is_pair(data) else data  # type: ignore[assignment]
         if isinstance(self.batches, Iterator) or not hasattr(self.batches, "__iter__"):

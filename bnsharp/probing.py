@@ -1,7 +1,7 @@
 """The search behind :func:`bnsharp.groups.scale_groups`: a network probed at two generic points.
 
-On an invariant group Euler's identity ``⟨θ_i, ∂out/∂θ_i⟩ = 0`` holds at every θ; it screens candidates with one backward
-pass per point, and rescaling all that pass at once verifies them, bisecting where that fails.
+On an invariant group Euler's identity ``⟨θ_i, ∂out/∂θ_i⟩ = 0`` holds at every θ; it screens candidates with one
+backward pass per point, and rescaling all that pass at once verifies them, bisecting where that fails.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ function ``(objective, θ, V [n]) -> Tensor [n]``. A profile's :meth:`secant` is
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.checks import at_least
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is_transformed
 from bnsharp.geometry import Frame
 from bnsharp.modes import math_attention
@@ -99,7 +99,7 @@ class Sampled(Profile):
 
     @abstractmethod
     def combine(self, loss: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Values ``[n]`` and numerical errors ``[n]`` from ``L(θ)``, repeated ``[n]``, and ``L(θ + t_k v_i) [n, K]``."""
+        """Values and numerical errors ``[n]`` from ``L(θ)``, repeated ``[n]``, and ``L(θ + t_k v_i) [n, K]``."""
 
     def _grid(self, params: Params, v: Source) -> tuple[int, list[float], P.Lazy]:
         n, t = P.count(v), self.points()
@@ -190,8 +190,7 @@ class Line(Sampled):
     nodes: int = 8
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.p) and self.p >= 1):
-            raise InputError(f"p={self.p}; expected a finite p >= 1")
+        at_least("p", self.p, 1)
         check_nodes(self.nodes)
 
     @property

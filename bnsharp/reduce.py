@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bnsharp.types import InputError
+from bnsharp.checks import at_least, positive
 
 
 class Reduce(Protocol):
@@ -49,8 +49,7 @@ class PowerMean:
     p: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.p) and self.p >= 1):
-            raise InputError(f"power mean with p={self.p}; expected a finite p >= 1")
+        at_least("p", self.p, 1)
 
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         top = values.detach().abs().max()
@@ -72,8 +71,7 @@ class FreeEnergy:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise InputError(f"free energy with beta={self.beta}; expected a finite beta > 0")
+        positive("beta", self.beta)
 
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = len(values)

@@ -1,13 +1,12 @@
 """Regularisers: what a measure does to the gradient that training descends.
 
-A regulariser is a pair: ``init(θ) -> state`` and ``step(objectives, θ, weight=, state=, generator=) -> Step``. It returns
-the gradient to descend, so that any ``torch.optim`` optimizer and schedule works underneath. ``objectives[0]`` is the
-loss on the step's batch; a second one, if given, is a fresh batch for the regulariser.
+A regulariser is a pair: ``init(θ) -> state`` and ``step(objectives, θ, weight=, state=, generator=) -> Step``. It
+returns the gradient to descend, so that any ``torch.optim`` optimizer and schedule works underneath. ``objectives[0]``
+is the loss on the step's batch; a second one, if given, is a fresh batch for the regulariser.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.checks import at_least, one_of, positive
 from bnsharp.directions import Ascend
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Elementwise, Euclidean, GroupBall
@@ -43,8 +43,7 @@ class Regularizer(Protocol):
 
 def check_weight(weight: float) -> None:
     """Raise :class:`InputError` unless λ is finite and not negative."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise InputError(f"weight={weight}; expected a finite weight λ >= 0")
+    at_least("weight", weight, 0)
 
 
 def _gradients(objectives: Sequence[AbstractObjective]) -> int:
@@ -168,8 +167,8 @@ class Penalty:
             - ``"two-point"``: ``κ·sign(f(δ))·(∇L(θ+δv) − ∇L(θ))`` (Yi et al. 2019, proposition 1), the search scored by
               ``|f(δ)|`` from losses already computed;
             - ``"central"``: ``κ·sign·(∇L(θ+δv) − ∇L(θ−δv))/2``;
-            - ``"tangent"``: two-point without its component along each scale-invariant group, which would otherwise push
-              the group's norm up;
+            - ``"tangent"``: two-point without its component along each scale-invariant group, which would otherwise
+              push the group's norm up;
             - ``"exact"``: the derivative of S with ``v = s(θ) ⊙ u`` moving with θ, the search scored by S itself;
               orthogonal to θ_i on every scale-invariant group.
         clip: largest norm of ``∇S``; None does not clip.
@@ -186,10 +185,9 @@ class Penalty:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.gradient not in GRADIENTS:
-            raise InputError(f"gradient={self.gradient!r}; expected one of {sorted(GRADIENTS)}")
-        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
-            raise InputError(f"clip={self.clip}; expected a finite clip > 0, or None")
+        one_of("gradient", self.gradient, GRADIENTS)
+        if self.clip is not None:
+            positive("clip", self.clip)
         if self.gradient == "tangent" and not isinstance(self.measure.geometry.ball, GroupBall):
             raise InputError("gradient='tangent' projects along scale groups; expected a groupwise geometry")
         if self.gradient != "exact":

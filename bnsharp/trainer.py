@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bnsharp import params as P
 from bnsharp.checkpoint import METRICS, TIMING, RunFolder
+from bnsharp.checks import whole
 from bnsharp.evaluation import Engine
 from bnsharp.loop import backward
 from bnsharp.regularizers import Plain, Regularizer, check_weight
@@ -137,8 +138,7 @@ class Trainer:
         on_step: Callable[[int, int], None] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
     ):
-        if epochs < 1 or epochs != int(epochs):
-            raise InputError(f"epochs={epochs}; expected a whole number of at least 1")
+        whole("epochs", epochs)
         self.module, self.criterion, self.epoch = module, criterion, epoch
         self.params = P.live(module)
         chosen = regularizer if regularizer is not None else Plain()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, ItemsView, Iterable, KeysView, ValuesView
+from collections.abc import Callable, ItemsView, KeysView, ValuesView
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,12 +32,6 @@ State = dict[str, Tensor]
 
 class InputError(ValueError):
     """Bad usage: the message says in one line what was given, what was expected and what to do."""
-
-
-def suggest(given: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` for a near miss, else an empty string: the end of an error about an unknown name."""
-    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class DivergedError(RuntimeError):

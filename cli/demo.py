@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -34,13 +35,13 @@ def demo(
     files = study.write(out, results)
     screen = console()
     for setting in study.SETTINGS:
+        mine = [r for r in rows if r["setting"] == setting]
         shown = [
-            [r["algorithm"], *(with_interval(r[c.key], r[f"{c.key}_ci95"], c.digits) if c.key != "gradient_evaluations"
-                               else f"{r[c.key]:.0f}" for c in study.COLUMNS)]
-            for r in rows if r["setting"] == setting
+            [c.title, *(with_interval(r[c.key], r[f"{c.key}_ci95"] if c.varies else math.nan, c.digits) for r in mine)]
+            for c in study.COLUMNS
         ]
         title = f"digits, {setting} ({seeds} seeds, mean ± 95% interval)"
-        screen.print(table(title, ["algorithm", *(c.title for c in study.COLUMNS)], shown))
+        screen.print(table(title, ["", *(r["algorithm"] for r in mine)], shown))
     for line in study.verdict(rows):
         screen.print(line)
     screen.print(f"run folders: {out / 'runs'}   table: {files['table']}   figure: {files['figure']}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -85,6 +86,17 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
         made.add_column(name, justify="right" if right and i else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)
+    return made
+
+
+def definitions(title: str, entries: Sequence[tuple[str, str, str, str]]) -> Table:
+    """A titled list of names, each with what it is, its options and its source below one another."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column()
+    for name, summary, options, source in entries:
+        rest = [f"options: {options}" if options else "", f"source: {source}" if source not in ("", "-") else ""]
+        made.add_row(name, "\n".join([summary, *(f"[dim]{escape(r)}[/dim]" for r in rest if r)]))
     return made
 
 

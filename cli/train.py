@@ -24,7 +24,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="continue from the folder's last finished epoch")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that the folder holds")] = False,
 ) -> None:
-    """Train a network with a named algorithm; write config.json, metrics.jsonl, timing.jsonl, a checkpoint, summary.json."""
+    """Train a network with a named algorithm into a run folder: configuration, metrics, timing, checkpoint, summary."""
     from bnsharp.cli.display import console, load_progress, number, progress, table
     from bnsharp.experiments.config import make_config
     from bnsharp.experiments.run import train as run

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from bnsharp.types import InputError, suggest
+from bnsharp.checks import suggest
+from bnsharp.types import InputError
 
 
 class RunConfig(BaseModel):

@@ -21,11 +21,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clean labels": {},
     "40% of the training labels replaced at random": {"label_noise": 0.4},
 }
-ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "SGD": ("sgd", {}),
-    "SAM": ("sam", {"rho": 1.0}),
-    "SGDS-0": ("sgds-0", {"delta": 0.08}),
-    "SGDS-5": ("sgds-5", {"delta": 0.08}),
+ALGORITHMS: dict[str, tuple[str, dict[str, Any], int]] = {
+    # label: name, options, gradients per step (for the progress bar)
+    "SGD": ("sgd", {}, 1),
+    "SAM": ("sam", {"rho": 1.0}, 2),
+    "SGDS-0": ("sgds-0", {"delta": 0.08}, 2),
+    "SGDS-5": ("sgds-5", {"delta": 0.08}, 7),
 }
 MEASURING: dict[str, Any] = {"delta": 0.05, "steps": 5, "sigma": 0.02, "line": 41}
 EPOCHS, BATCH, TRAIN = 100, 64, 800
@@ -35,7 +36,7 @@ def tasks(out: Path, seeds: int = 5, epochs: int = EPOCHS) -> list[Task]:
     """The demo's runs, one folder each under ``out``."""
     made = []
     for setting, data_options in SETTINGS.items():
-        for label, (algorithm, options) in ALGORITHMS.items():
+        for label, (algorithm, options, cost) in ALGORITHMS.items():
             for seed in range(seeds):
                 noise = round(100 * data_options.get("label_noise", 0.0))
                 config = {
@@ -43,30 +44,31 @@ def tasks(out: Path, seeds: int = 5, epochs: int = EPOCHS) -> list[Task]:
                     "algorithm_options": options, "epochs": epochs, "batch_size": BATCH, "seed": seed,
                 }
                 folder = out / "runs" / f"noise{noise}-{algorithm}-{seed}"
-                made.append(Task(setting, label, config, str(folder), MEASURING, epochs * (TRAIN // BATCH)))
+                made.append(Task(setting, label, config, str(folder), MEASURING, epochs * (TRAIN // BATCH), cost))
     return made
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the demo's table: how it is called, where it comes from, its factor and digits."""
+    """A row of the demo's table: its title, where it comes from, its factor, digits, and whether seeds differ."""
 
     title: str
     key: str
     factor: float = 1.0
     digits: int = 3
+    varies: bool = True
 
 
 COLUMNS = (
-    Column("test accuracy %", "test_accuracy", 100, 4),
+    Column("test accuracy, %", "test_accuracy", 100, 4),
     Column("training loss", "loss"),
     Column("BN-Sharpness", "bn_sharpness"),
-    Column("… rescaled", "bn_sharpness_rescaled"),
-    Column("Gaussian", "gaussian"),
-    Column("… rescaled", "gaussian_rescaled"),
+    Column("… after rescaling", "bn_sharpness_rescaled"),
+    Column("Gaussian sharpness", "gaussian"),
+    Column("… after rescaling", "gaussian_rescaled"),
     Column("λ_max", "hessian_top"),
-    Column("gradients", "gradient_evaluations", 1, 6),
-    Column("seconds", "seconds", 1, 3),
+    Column("gradient evaluations", "gradient_evaluations", digits=6, varies=False),
+    Column("seconds of training", "seconds", digits=3),
 )
 
 
@@ -128,7 +130,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
         return max(max(a, b) / min(a, b) if min(a, b) > 0 else float("inf") for a, b in pairs)
 
     lines.append(
-        "Rescaling each network's filters at random by 0.1 to 10 leaves its function as it is. BN-Sharpness changes by a "
-        f"factor of at most {spread('bn_sharpness'):.6f}, Gaussian sharpness by up to {spread('gaussian'):.3g}."
+        "Rescaling each network's filters at random by 0.1 to 10 leaves its function as it is. BN-Sharpness changes by "
+        f"a factor of at most {spread('bn_sharpness'):.6f}, Gaussian sharpness by up to {spread('gaussian'):.3g}."
     )
     return lines

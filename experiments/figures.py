@@ -39,12 +39,13 @@ def demo_figure(results: Sequence[dict[str, Any]], settings: Sequence[str], labe
             epochs = [e for e, _ in mine[0]["curve"]]
             _band(row[1], epochs, [[100 * a for _, a in r["curve"]] for r in mine], color, label)
         row[0].axvspan(-delta, delta, color="k", alpha=0.06, lw=0)
-        row[0].set(title=f"Sharpest direction — {setting}", ylabel="L(θ + t v) − L(θ)",
-                   xlabel="t, relative to the norm of each filter (shaded: where BN-Sharpness averages)")
-        row[0].set_ylim(bottom=min(0.0, row[0].get_ylim()[0]))
-        row[1].set(title=f"Training — {setting}", xlabel="epoch", ylabel="test accuracy, %")
+        row[0].set(title=f"loss along the sharpest direction\n{setting}", ylabel="L(θ + t v) − L(θ)",
+                   xlabel="t, relative to each filter's norm (shaded: where BN-Sharpness averages)")
+        row[1].set(title=f"accuracy along training\n{setting}", xlabel="epoch", ylabel="test accuracy, %")
         low = min(100 * a for r in results if r["setting"] == setting for e, a in r["curve"] if e > 5)
-        row[1].set_ylim(max(0.0, low - 5), 100.5)
+        row[1].set_ylim(max(0.0, low - 3), 100.5)
+        high = max(v - r["loss"] for r in results if r["setting"] == setting for v in r["line_loss"])
+        row[0].set_ylim(-0.15 * high, 1.05 * high)
         for axis in row:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)

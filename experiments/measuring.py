@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from bnsharp import measures
 from bnsharp import params as P
+from bnsharp.checks import suggest
 from bnsharp.data import ImageData
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.modes import exact_norms
-from bnsharp.types import InputError, Params, suggest
+from bnsharp.types import InputError, Params
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def prepare(config: RunConfig, data: ImageData | None = None,
 def _optimizer(config: RunConfig) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
     kind = getattr(torch.optim, config.optimizer, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise InputError(f"optimizer={config.optimizer!r}; expected the name of a torch.optim optimizer, as SGD or AdamW")
+        raise InputError(f"optimizer={config.optimizer!r}; expected the name of a torch.optim optimizer: SGD, AdamW, …")
     options = {"lr": config.lr, "weight_decay": config.weight_decay, **config.optimizer_options}
     if "momentum" in kind.__init__.__code__.co_varnames:
         options.setdefault("momentum", config.momentum)

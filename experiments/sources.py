@@ -13,9 +13,10 @@ from bnsharp.experiments.run import load_data, load_state, read_run
 from torch import nn
 
 from bnsharp.checkpoint import CONFIG, load
+from bnsharp.checks import suggest
 from bnsharp.data import ImageData
 from bnsharp.models import build
-from bnsharp.types import InputError, suggest
+from bnsharp.types import InputError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def open_source(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
-    """Open a run folder, a checkpoint (beside its ``config.json``, or with ``model``), ``torchvision:NAME``, ``timm:NAME``.
+    """Open a run folder, a checkpoint (beside its config.json or with ``model``), ``torchvision:NAME``, ``timm:NAME``.
 
     Raises:
         InputError: nothing there, data or model missing, a checkpoint that does not fit, a pickle of code.
@@ -49,7 +50,7 @@ def open_source(
         config, module, own = read_run(path if path.is_dir() else path.parent, None if path.is_dir() else path)
         return Source(module, own if data is None else _data(source, data, data_options, config.split_seed, progress))
     if not path.is_file():
-        raise InputError(f"{source!r} is no run folder, checkpoint, torchvision:NAME or timm:NAME; expected one of these")
+        raise InputError(f"{source!r}: expected a run folder, a checkpoint, torchvision:NAME or timm:NAME")
     if model is None:
         raise InputError(f"{source} lies beside no {CONFIG}; expected --model NAME to say what network it holds")
     images = _data(source, data, data_options, seed, progress)
@@ -83,7 +84,8 @@ def _timm(name: str, seed: int) -> nn.Module:
     except ImportError as error:
         raise InputError("timm:NAME needs the package timm; install bnsharp[timm]") from error
     if name not in timm.list_models():
-        raise InputError(f"timm has no model {name!r}" + (suggest(name, timm.list_models()) or "; see its list of models"))
+        hint = suggest(name, timm.list_models()) or "; see its list of models"
+        raise InputError(f"timm has no model {name!r}{hint}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return timm.create_model(name, pretrained=False)

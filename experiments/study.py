@@ -26,17 +26,19 @@ class Task:
     measuring: dict[str, Any]
     steps: int
     """Training steps, for the progress bar."""
+    cost: int = 1
+    """Gradients per step, for the progress bar and to start the longest runs first."""
 
 
-MEASURE_UNITS = 60
-"""How many training steps one part of the measuring counts as in a progress bar."""
+MEASURE_UNITS = 200
+"""How many gradients one part of the measuring counts as in a progress bar."""
 
 
 def units(task: Task) -> int:
     """Units of work for the progress bar: training steps, and the measuring."""
     from bnsharp.experiments.measuring import PARTS
 
-    return task.steps + PARTS * MEASURE_UNITS
+    return task.steps * task.cost + PARTS * MEASURE_UNITS
 
 
 def cores() -> int:
@@ -63,17 +65,17 @@ def run_task(task: Task, tick: Callable[[int], None] = lambda n: None) -> dict[s
     if finished.get("task") == {"config": task.config, "measuring": task.measuring}:
         tick(units(task))
         return _result(task, folder.records(METRICS), folder.records(TIMING), finished["values"])
-    batch, waiting = 50, 0
+    waiting = 0
 
     def on_step(epoch: int, step: int) -> None:
         nonlocal waiting
-        waiting += 1
-        if waiting == batch:
+        waiting += task.cost
+        if waiting >= 100:
             tick(waiting)
             waiting = 0
 
     prepared, result = train(RunConfig(**task.config), task.folder, resume=True, on_step=on_step)
-    tick(waiting + task.steps - result.steps)
+    tick(waiting + task.cost * (task.steps - result.steps))
     values = before_and_after(
         prepared.module, prepared.data, prepared.groups, seed=prepared.config.seed, tick=lambda: tick(MEASURE_UNITS),
         **task.measuring,
@@ -97,7 +99,9 @@ def _worker(task: Task, ticks: Any) -> dict[str, Any]:
     return run_task(task, ticks.put)
 
 
-def run_study(tasks: Sequence[Task], advance: Callable[[int], None], workers: int | None = None) -> list[dict[str, Any]]:
+def run_study(
+    tasks: Sequence[Task], advance: Callable[[int], None], workers: int | None = None
+) -> list[dict[str, Any]]:
     """All tasks, one thread each, on as many processes as there are cores; results in the order of the tasks.
 
     The numbers do not depend on the number of workers. An interruption loses at most an epoch of each run under way.
@@ -110,7 +114,9 @@ def run_study(tasks: Sequence[Task], advance: Callable[[int], None], workers: in
         ticks = manager.Queue()
         pool = ProcessPoolExecutor(workers, mp_context=context)
         try:
-            futures = [pool.submit(_worker, task, ticks) for task in tasks]
+            longest_first = sorted(range(len(tasks)), key=lambda i: -units(tasks[i]))
+            started = {i: pool.submit(_worker, tasks[i], ticks) for i in longest_first}
+            futures = [started[i] for i in range(len(tasks))]
             while True:
                 done, _ = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
                 _drain(ticks, advance)

@@ -242,8 +242,7 @@ def test_image_folder_round_trip(folder):
     data = load(str(folder), augment=True, progress=lambda done, total: calls.append((done, total)))
     assert (data.name, data.classes, data.input_shape) == (folder.name, ("ant", "bee", "cat"), (3, 4, 6))
     assert data.augmentation == Augmentation(flip=True, crop=0)
-    assert calls == sorted(set(calls))
-    assert calls[-1] == (24, 24)
+    assert calls == [(i, 24) for i in range(1, 25)]
     pairs = {"train": (data.train_images, data.train_labels), "test": (data.test_images, data.test_labels)}
     for split, (images, labels) in pairs.items():
         for image, label in zip(images, labels, strict=True):
@@ -343,7 +342,7 @@ def test_registry_describes_every_data_set():
 def explained(message: str, call, *args, **kwargs) -> None:
     with pytest.raises(InputError, match=message) as caught:
         call(*args, **kwargs)
-    assert re.fullmatch(r"[^\n]*; expected [^\n]*: [^\n]*", str(caught.value))
+    assert re.fullmatch(r"[^\n]*; expected [^\n]*", str(caught.value))
 
 
 @pytest.mark.parametrize(

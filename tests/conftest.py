@@ -1,0 +1,11 @@
+"""One thread, and Hypothesis examples that are the same on every run."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True, max_examples=15)
+settings.load_profile("default")
