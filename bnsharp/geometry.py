@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.checks import at_least, one_of, positive
-from bnsharp.partition import Partition, map_blocks, total
+from bnsharp.partition import Partition
 from bnsharp.types import Params
 
 NEGLIGIBLE = 1e-12
@@ -61,7 +61,7 @@ class GroupNorms:
 
     def __call__(self, params: Params) -> Params:
         partition = self.ball.partition(params)
-        return partition.spread([self.radius * n for n in partition.norms(params)], params)
+        return partition.spread(self.radius * partition.norms(params), params)
 
 
 @dataclass(frozen=True)
@@ -100,32 +100,34 @@ class PartitionBall:
 
     def coordinate_std(self, like: Params) -> Params:
         """``1/√d_i`` per coordinate: ``E ‖u_i‖² = 1``."""
-        partition, x = self.partition(like), P.first(like)
-        return partition.spread(
-            [x.new_full((g.blocks,), d**-0.5) for g, d in zip(partition, partition.sizes(like), strict=True)], like
-        )
+        partition = self.partition(like)
+        return partition.spread(partition.sizes(like) ** -0.5, like)
+
+    def active(self, scale: Params, like: Params) -> Tensor:
+        """Which groups the scale perturbs at all: bool ``[K]``."""
+        full = P.pmap(lambda s, p: s.expand(p.shape[len(like.batch_size) :]), scale, like)
+        return self.partition(like).norms(P.make(dict(full.items()))) > 0
 
     def count(self, scale: Params, like: Params) -> Tensor:
-        """``K``, the number of groups that the scale perturbs at all."""
-        return total([(n > 0).to(n.dtype) for n in self._scale_norms(scale, like)])
+        """``K``, the number of groups that the scale perturbs."""
+        return self.active(scale, like).sum()
 
     def steepest(self, g: Params, scale: Params, fill: Callable[[], Params]) -> Params:
         """``argmax_{u ∈ ball} ⟨g, u⟩ = g_i/‖g_i‖``; ``fill()`` for perturbed groups with a negligible gradient."""
         partition = self.partition(g)
         norms = partition.norms(g)
-        threshold = NEGLIGIBLE * total(norms)
-        missing = map_blocks(
-            lambda n, s: (n <= threshold) & (s > 0), norms, self._scale_norms(scale, g)
-        )
-        u = partition.normalize(g)
-        if not any(bool(m.any()) for m in missing):
-            return u
-        mask = partition.spread([m.to(n.dtype) for m, n in zip(missing, norms, strict=True)], g)
-        return P.pmap(lambda a, b, m: torch.where(m.bool(), b, a), u, fill(), mask)
+        u, missing = partition.normalize(g, norms), norms <= NEGLIGIBLE * norms.sum()
+        if bool(missing.any()):
+            missing = missing & self.active(scale, g)
+            if bool(missing.any()):
+                mask = partition.spread(missing, g)
+                return P.pmap(lambda a, b, m: torch.where(m, b, a), u, fill(), mask)
+        return u
 
     def tangent(self, u: Params, g: Params) -> Params:
-        """``g_i − ⟨u_i, g_i⟩ u_i``: the Riemannian gradient on the product of unit spheres."""
-        return self.partition(u).project(g, u)
+        """``g_i − ⟨u_i, g_i⟩ u_i``: the Riemannian gradient on the product of unit spheres, for ``‖u_i‖ = 1``."""
+        partition = self.partition(u)
+        return P.pmap(lambda a, d, b: a - d * b, g, partition.spread(partition.dots(u, g), u), u)
 
     def retract(self, u: Params) -> Params:
         """``u_i / ‖u_i‖``: back to the product of unit spheres."""
@@ -134,12 +136,11 @@ class PartitionBall:
     def power(self, u: Params, g: Params) -> Params:
         """``g_i / ‖g_i‖``, the maximiser of the linearised score; groups without gradient keep ``u_i``."""
         partition = self.partition(u)
-        alive = partition.spread([(n > 0).to(n.dtype) for n in partition.norms(g)], u)
-        return P.pmap(lambda a, b, m: torch.where(m.bool(), b, a), u, partition.normalize(g), alive)
-
-    def _scale_norms(self, scale: Params, like: Params) -> list[Tensor]:
-        full = P.pmap(lambda s, p: s.expand(p.shape[len(like.batch_size) :]), scale, like)
-        return self.partition(like).norms(P.make(full))
+        norms = partition.norms(g)
+        new, alive = partition.normalize(g, norms), norms > 0
+        if bool(alive.all()):
+            return new
+        return P.pmap(lambda a, b, m: torch.where(m, b, a), u, new, partition.spread(alive, u))
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ class BoxBall:
 
     def count(self, scale: Params, like: Params) -> Tensor:
         """The number of coordinates that the scale perturbs."""
-        full = P.pmap(lambda s, p: (s > 0).to(s.dtype).expand(p.shape[len(like.batch_size) :]), scale, like)
-        return P.dot(P.make(full), P.make(full))
+        shapes = {k: p.shape[len(like.batch_size) :] for k, p in like.items()}
+        return torch.stack([(s > 0).expand(shapes[k]).sum() for k, s in scale.items()]).sum()
 
     def steepest(self, g: Params, scale: Params, fill: Callable[[], Params]) -> Params:
         """``sign(g)``; where the gradient is negligible, ``sign(fill())``."""
@@ -257,6 +258,10 @@ class Frame:
         if factor == 1.0:
             return P.pmap(lambda a, s: a * s, u, self.scale)
         return P.pmap(lambda a, s: a * (factor * s), u, self.scale)
+
+    def points(self, u: Params, factor: float = 1.0) -> Params:
+        """``θ + factor · v``, a batch ``[n]`` for a batch u."""
+        return P.pmap(lambda p, a, s: torch.addcmul(p, a, s, value=factor), self.params, u, self.scale)
 
     pull = place
     """``∂/∂u = s(θ) ⊙ ∂/∂v``: the scale is diagonal, so that it is its own adjoint."""

@@ -151,7 +151,7 @@ class ScaleGroups:
             raise InputError(f"low={low}, high={high}; expected 0 < low <= high < inf")
         generator = P.generator_for(params, generator, "random_factors")
         partition, first = self.resolve(params).partition, P.first(params)
-        values = [log_uniform(g.blocks, generator, low, high).to(first) for g in partition]
+        values = log_uniform(partition.count, generator, low, high).to(first)
         return _members(partition, params, values)
 
 
@@ -226,7 +226,7 @@ def _shapes(params: Params) -> dict[str, torch.Size]:
     return {k: v.shape[lead:] for k, v in params.items()}
 
 
-def _members(partition: Partition, params: Params, values: list[Tensor]) -> Params:
+def _members(partition: Partition, params: Params, values: Tensor) -> Params:
     """Per-group values spread to the members of the groups only."""
     own = P.make({k: params[k] for g in partition for k in g.members}, params.batch_size)
     return partition.spread(values, own)

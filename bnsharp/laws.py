@@ -53,10 +53,8 @@ class Ball:
     def __call__(self, ball: HasPartition, like: Params, generator: torch.Generator) -> Params:
         partition = ball.partition(like)
         u = partition.normalize(_normal(like, generator))
-        lengths = [
-            torch.rand(n.shape, generator=generator, dtype=n.dtype, device=n.device) ** (1.0 / d)
-            for n, d in zip(partition.norms(u), partition.sizes(like), strict=True)
-        ]
+        sizes = partition.sizes(like)
+        lengths = torch.rand(sizes.shape, generator=generator, dtype=sizes.dtype, device=sizes.device) ** (1 / sizes)
         return partition.scale(u, lengths)
 
 

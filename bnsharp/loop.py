@@ -47,7 +47,8 @@ def backward(
     Returns:
         The step: loss, penalty, gradient, gradients evaluated, state, the module's output.
     """
-    params = P.live(module)
+    owned = P.trainable(module)
+    params = P.make({name: parameter.detach() for name, parameter in owned})
     if generator is None:
         generator = P.seeded(int(torch.randint(2**62, ()).item()), P.first(params).device)
     first = TrainingObjective(module, criterion, batch, engine=engine)
@@ -61,12 +62,10 @@ def backward(
         state=regularizer.init(params) if state is None else state,
         generator=generator,
     )
-    for name, parameter in P.unwrap(module).named_parameters():
-        if parameter.requires_grad:
-            update = step.gradient[name]
-            update = update if scale == 1.0 else scale * update
-            if parameter.grad is None:
-                parameter.grad = update.clone()
-            else:
-                parameter.grad.add_(update)
+    for name, parameter in owned:
+        update = step.gradient[name] if scale == 1.0 else scale * step.gradient[name]
+        if parameter.grad is None:
+            parameter.grad = update.clone()
+        else:
+            parameter.grad.add_(update)
     return replace(step, output=first.output)

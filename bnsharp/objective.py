@@ -28,19 +28,9 @@ def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
 
 
-def _call(module: nn.Module, params: Params, x: Any) -> Any:
+def _call(module: nn.Module, params: dict[str, Tensor], x: Any) -> Any:
     args, kwargs = (tuple(x), {}) if isinstance(x, tuple | list) else ((), x) if isinstance(x, dict) else ((x,), {})
-    return torch.func.functional_call(module, {**_recast(module, params), **dict(params.items())}, args, kwargs)
-
-
-def _recast(module: nn.Module, params: Params) -> dict[str, Tensor]:
-    """Buffers and frozen parameters in the precision of ``params``, where that differs from the module's."""
-    dtype = P.first(params).dtype
-    own = next(module.parameters(), None)
-    if own is None or own.dtype == dtype:
-        return {}
-    rest = [*module.named_buffers(), *module.named_parameters()]
-    return {k: t.detach().to(dtype) for k, t in rest if k not in params.keys() and t.is_floating_point()}
+    return torch.func.functional_call(module, params, args, kwargs)
 
 
 class _ModuleObjective(AbstractObjective):
@@ -49,17 +39,26 @@ class _ModuleObjective(AbstractObjective):
     def __init__(self, module: nn.Module, criterion: Callable[[Any, Any], Tensor], engine: Engine | str):
         super().__init__(engine)
         self.module, self.criterion = P.unwrap(module), criterion
-        self._names = {k for k, _ in self.module.named_parameters()}
+        self._dtypes = {k: p.dtype for k, p in self.module.named_parameters()}
 
-    def _loss(self, params: Params, x: Any, y: Any, keep: Callable[[Any], None] | None = None) -> Tensor:
-        unknown = set(params.keys()) - self._names
+    def _tensors(self, params: Params) -> dict[str, Tensor]:
+        """``params``, with buffers and frozen parameters in the same precision where the module has another."""
+        given = dict(params.items())
+        unknown = given.keys() - self._dtypes.keys()
         if unknown:
             raise InputError(
-                f"parameters {sorted(unknown)[:3]} are not in {type(self.module).__name__}; "
-                "expected the keys of bnsharp.parameters(module)"
+                f"parameters {sorted(unknown)[:3]} are not in {type(self.module).__name__}; expected the keys of "
+                "bnsharp.parameters(module)"
             )
+        if all(v.dtype == self._dtypes[k] for k, v in given.items()):
+            return given
+        dtype, rest = P.first(params).dtype, [*self.module.named_buffers(), *self.module.named_parameters()]
+        others = {k: t.detach().to(dtype) for k, t in rest if k not in given and t.is_floating_point()}
+        return {**others, **given}
+
+    def _loss(self, params: Params, x: Any, y: Any, keep: Callable[[Any], None] | None = None) -> Tensor:
         try:
-            output = _call(self.module, params, x)
+            output = _call(self.module, self._tensors(params), x)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise InputError(

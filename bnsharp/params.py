@@ -35,7 +35,7 @@ def make(values: Mapping[str, Tensor], batch_size: Sequence[int] = ()) -> Params
 
 def live(module: nn.Module) -> Params:
     """Views (no copies) of the parameters that require grad; what training works on."""
-    return make({k: p.detach() for k, p in _trainable(module)})
+    return make({k: p.detach() for k, p in trainable(module)})
 
 
 def parameters(module: nn.Module) -> Params:
@@ -44,10 +44,11 @@ def parameters(module: nn.Module) -> Params:
     Keys are ``named_parameters()`` of the module inside ``torch.compile``'s and DDP's wrappers; a tied weight appears
     once. Raises :class:`InputError` if there is none.
     """
-    return make({k: p.detach().clone() for k, p in _trainable(module)})
+    return make({k: p.detach().clone() for k, p in trainable(module)})
 
 
-def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that require grad, a tied one once; :class:`InputError` if there is none."""
     found = [(k, p) for k, p in unwrap(module).named_parameters() if p.requires_grad]
     if not found:
         raise InputError(
@@ -59,9 +60,11 @@ def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def pmap(fn: Callable[..., Tensor], *params: Params) -> Params:
     """``{k: fn(p[k], q[k], …)}``; the result has the largest batch size among the arguments."""
-    first = params[0]
-    batch = max((p.batch_size for p in params), key=len)
-    return make({k: fn(*(p[k] for p in params)) for k in first.keys()}, batch)
+    size = max((p.batch_size for p in params), key=len)
+    if len(params) == 1:
+        return make({k: fn(v) for k, v in params[0].items()}, size)
+    others = [dict(p.items()) for p in params[1:]]
+    return make({k: fn(v, *[p[k] for p in others]) for k, v in params[0].items()}, size)
 
 
 def pick(params: Any, index: int) -> Params:
@@ -130,6 +133,8 @@ def times(values: Tensor, x: Params) -> Params:
 
 def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Params:
     """``a x + b y``."""
+    if isinstance(a, float) and a == 1.0:
+        return pmap(lambda p, q: p + b * q, x, y)
     return pmap(lambda p, q: a * p + b * q, x, y)
 
 
@@ -140,6 +145,8 @@ def zeros_like(params: Params) -> Params:
 
 def where(condition: Tensor, x: Any, y: Any) -> Any:
     """Choose per batch item between two values ``[n]``: tensors, or nested dictionaries of them."""
+    if x is None or y is None:
+        return None
     if condition.numel() == 1:
         return x if bool(condition) else y
     if isinstance(x, Tensor):

@@ -6,19 +6,15 @@ so that zero norms, blocks of rows and groups of several parameters are handled 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.types import InputError, Params
-
-Blocks = list[Tensor]
-"""One tensor ``[blocks]`` (or ``[n, blocks]``) per group of a partition."""
-
 
 @dataclass(frozen=True)
 class Group:
@@ -62,77 +58,67 @@ class Partition:
                         "expected a divisor of the number of rows"
                     )
 
-    def sums(self, x: Params) -> Blocks:
-        """Sum over each group: ``[blocks]`` per entry (``[n, blocks]`` for a batch)."""
-        lead = x.batch_size
-        out = []
-        for group in self.groups:
-            parts = [x[name].reshape(*lead, group.blocks, -1).sum(-1) for name in group.members]
-            out.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
-        return out
+    @cached_property
+    def count(self) -> int:
+        """``K``, the number of groups."""
+        return sum(group.blocks for group in self.groups)
 
-    def dots(self, x: Params, y: Params) -> Blocks:
-        """``⟨x_i, y_i⟩`` per group."""
+    def _gather(self, x: Params, fold: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> Tensor:
+        """``fold`` over the coordinates of each member's parts, ``join`` over the members of a group: ``[*, K]``."""
+        lead, values, out = x.batch_size, dict(x.items()), []
+        for group in self.groups:
+            parts = [fold(values[name].reshape(*lead, group.blocks, -1)) for name in group.members]
+            out.append(parts[0] if len(parts) == 1 else join(torch.stack(parts)))
+        return torch.cat(out, -1) if out else P.first(x).new_zeros(*lead, 0)
+
+    def sums(self, x: Params) -> Tensor:
+        """Sum over each group: ``[K]`` (``[n, K]`` for a batch), groups in order, blocks in order."""
+        return self._gather(x, lambda v: v.sum(-1), lambda v: v.sum(0))
+
+    def dots(self, x: Params, y: Params) -> Tensor:
+        """``⟨x_i, y_i⟩`` per group: ``[*, K]``."""
         return self.sums(P.pmap(lambda a, b: a * b, x, y))
 
-    def norms(self, x: Params) -> Blocks:
-        """``‖x_i‖`` per group, with zero gradient at zero."""
-        lead = x.batch_size
-        out = []
-        for group in self.groups:
-            parts = [
-                torch.linalg.vector_norm(x[name].reshape(*lead, group.blocks, -1), dim=-1) for name in group.members
-            ]
-            out.append(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0))
-        return out
+    def norms(self, x: Params) -> Tensor:
+        """``‖x_i‖`` per group, with zero gradient at zero: ``[*, K]``."""
+        return self._gather(
+            x, lambda v: torch.linalg.vector_norm(v, dim=-1), lambda v: torch.linalg.vector_norm(v, dim=0)
+        )
 
-    def sizes(self, like: Params) -> list[int]:
-        """``d_i``, the number of coordinates of one group, per entry."""
-        return [
-            sum(math.prod(_own_shape(like, name)) for name in group.members) // group.blocks
-            for group in self.groups
-        ]
+    def sizes(self, like: Params) -> Tensor:
+        """``d_i``, the number of coordinates of each group: ``[K]``."""
+        ones = P.make({k: v.new_ones(()).expand(_own_shape(like, k)) for k, v in like.items()})
+        return self.sums(ones)
 
-    def spread(self, values: Sequence[Tensor], like: Params) -> Params:
-        """Per-group values as tensors that broadcast against each parameter (0 outside every group)."""
-        dims = values[0].ndim - 1 if values else 0
-        lead = tuple(values[0].shape[:dims]) if values else ()
+    def spread(self, values: Tensor, like: Params) -> Params:
+        """Per-group values ``[*, K]`` as tensors that broadcast against each parameter (0 outside every group)."""
+        lead, start = tuple(values.shape[:-1]), 0
         out: dict[str, Tensor] = {}
-        for group, value in zip(self.groups, values, strict=True):
+        for group in self.groups:
+            value = values.narrow(-1, start, group.blocks)
+            start += group.blocks
             for name in group.members:
                 shape = _own_shape(like, name)
                 rows = shape[0] if shape else 1
-                cut = 1 < group.blocks < rows
-                each = value.repeat_interleave(rows // group.blocks, dim=-1) if cut else value
-                out[name] = each.reshape((*lead, *(each.shape[dims:] if shape else ()), *[1] * (len(shape) - 1)))
+                each = value.repeat_interleave(rows // group.blocks, dim=-1) if 1 < group.blocks < rows else value
+                out[name] = each.reshape((*lead, *(each.shape[-1:] if shape else ()), *[1] * (len(shape) - 1)))
         for name in like.keys():
             if name not in out:
-                out[name] = like[name].new_zeros((*lead, *[1] * len(_own_shape(like, name))))
+                out[name] = values.new_zeros((*lead, *[1] * len(_own_shape(like, name))))
         return P.make({name: out[name] for name in like.keys()}, lead)
 
-    def scale(self, x: Params, values: Sequence[Tensor]) -> Params:
+    def scale(self, x: Params, values: Tensor) -> Params:
         """``values_i · x_i`` per group."""
         return P.pmap(lambda a, s: a * s, x, self.spread(values, x))
 
-    def normalize(self, x: Params) -> Params:
+    def normalize(self, x: Params, norms: Tensor | None = None) -> Params:
         """``x_i / ‖x_i‖`` per group; groups of norm zero stay zero."""
-        return self.scale(x, [P.safe_reciprocal(n) for n in self.norms(x)])
+        return self.scale(x, P.safe_reciprocal(self.norms(x) if norms is None else norms))
 
     def project(self, x: Params, away_from: Params) -> Params:
         """``x_i − ⟨x_i, y_i⟩ y_i / ‖y_i‖²`` per group; parameters in no group are unchanged."""
-        dots, squares = self.dots(x, away_from), self.dots(away_from, away_from)
-        ratio = self.spread([P.safe_divide(d, s) for d, s in zip(dots, squares, strict=True)], x)
-        return P.pmap(lambda a, r, y: a - r * y, x, ratio, away_from)
-
-
-def map_blocks(fn: Callable[..., Tensor], *blocks: Blocks) -> Blocks:
-    """Apply ``fn`` entry by entry."""
-    return [fn(*parts) for parts in zip(*blocks, strict=True)]
-
-
-def total(blocks: Blocks) -> Tensor:
-    """Sum over all groups: ``[]`` or ``[n]``."""
-    return torch.stack([b.sum(-1) for b in blocks]).sum(0) if blocks else torch.zeros(())
+        ratio = P.safe_divide(self.dots(x, away_from), self.dots(away_from, away_from))
+        return P.pmap(lambda a, r, y: a - r * y, x, self.spread(ratio, x), away_from)
 
 
 def _own_shape(like: Params, name: str) -> torch.Size:

@@ -283,16 +283,16 @@ class ExactScore:
         return self.frame.pull(self.anchor.gradient)
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
-        """Scores; the gradient of the ``last`` batch of a search is left out unless it is to be kept."""
+        """Scores; ``last`` leaves out ``∂/∂u``, which no step needs any more."""
         v = self.frame.place(u)
         if last and not self.keep:
             values, errors = self.profile.evaluate(self.anchor, v)
-            return Scored(values, P.zeros_like(u), P.make({"error": errors}, (len(values),)))
+            return Scored(values, None, P.make({"error": errors}, (len(values),)))
         values, errors, d_v, d_theta = self.profile.differentiate(self.anchor, v, theta=self.keep)
         extra: dict[str, Any] = {"error": errors}
         if self.keep:
             extra |= {"d_v": d_v, "d_theta": d_theta}
-        return Scored(values, self.frame.pull(d_v), P.make(extra, (len(values),)))
+        return Scored(values, None if last else self.frame.pull(d_v), P.make(extra, (len(values),)))
 
 
 class SecantScore:
@@ -307,10 +307,9 @@ class SecantScore:
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``."""
-        del last
-        points = P.shift(self.anchor.params, self.frame.place(u, self.delta))
-        losses, grads = self.anchor.objective.many_value_and_grad(points)
+        losses, grads = self.anchor.objective.many_value_and_grad(self.frame.points(u, self.delta))
         f = losses - self.anchor.loss
         sign = torch.where(f < 0, -1.0, 1.0).to(f.dtype) if self.profile.absolute else torch.ones_like(f)
-        d_u = P.times(self.kappa * self.delta * sign, self.frame.pull(grads))
-        return Scored(self.kappa * sign * f, d_u, P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),)))
+        slope = self.kappa * sign
+        d_u = None if last else P.times(self.delta * slope, self.frame.pull(grads))
+        return Scored(slope * f, d_u, P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),)))

@@ -56,10 +56,12 @@ def _gradients(objectives: Sequence[AbstractObjective]) -> int:
 def _score_all(score: SecantScore | ExactScore, u: Any) -> Scored:
     """Scores of every direction: a batch at once, a sequence made on demand one by one."""
     if not isinstance(u, P.Lazy):
-        return score(u)
-    parts = [score(P.batch(u[i])) for i in range(len(u))]
+        return score(u, last=True)
+    parts = [score(P.batch(u[i]), last=True) for i in range(len(u))]
 
     def join(items: list[Any]) -> Any:
+        if items[0] is None:
+            return None
         if isinstance(items[0], Tensor):
             return torch.cat(items)
         return P.make({k: join([x[k] for x in items]) for k in items[0].keys()}, (len(u),))
@@ -69,11 +71,16 @@ def _score_all(score: SecantScore | ExactScore, u: Any) -> Scored:
 
 def _reduced(reduce: Reduce, values: Tensor) -> tuple[Tensor, Tensor]:
     """The reduced value and its derivative ``w [n]`` with respect to each value."""
-    weights, value = torch.func.grad_and_value(lambda x: reduce(x)[0])(values.detach())
-    return value, weights
+    leaf = values.detach().requires_grad_()
+    with torch.enable_grad():
+        value = reduce(leaf)[0]
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
 def _weighted(weights: Tensor, x: Params) -> Params:
+    """``Σ_i w_i x_i`` over a batch."""
+    if len(weights) == 1:
+        return P.scaled(P.pick(x, 0), weights[0])
     return P.make({k: torch.tensordot(weights.to(v.dtype), v, dims=1) for k, v in x.items()})
 
 

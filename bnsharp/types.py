@@ -69,10 +69,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of ``n`` directions: values ``[n]``, gradients ``∂value/∂u`` and what the caller wants kept."""
+    """Scores of ``n`` directions.
+
+    Attributes:
+        value: ``[n]``.
+        gradient: ``∂value/∂u``, a batch ``[n]``; None after a search's last step, which needs none.
+        extra: what the score's owner wants kept of the best direction, nested batches ``[n]``.
+    """
 
     value: Tensor
-    gradient: Params
+    gradient: Any
     extra: Any
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.partition import Group, Partition, map_blocks, total
+from bnsharp.partition import Group, Partition
 from bnsharp.types import InputError, Params
 
 SHAPES = {"conv": (6, 2, 2), "gamma": (6,), "beta": (6,), "scale": (), "row": (1, 3), "free": (2, 2)}
@@ -62,13 +62,12 @@ def loop(partition: Partition, fn, *points: Params) -> list[list[list[float]]]:
     ]
 
 
-def compare(blocks: list[Tensor], expected: list[list[list[float]]], lead: tuple[int, ...]) -> None:
-    for g, value in enumerate(blocks):
-        assert value.shape == (*lead, len(expected[0][g]))
-        rows = value.reshape(-1, value.shape[-1]).tolist()
-        assert len(rows) == len(expected)
-        for i, row in enumerate(rows):
-            assert row == pytest.approx(expected[i][g], rel=1e-12, abs=1e-12)
+def compare(values: Tensor, expected: list[list[list[float]]], lead: tuple[int, ...]) -> None:
+    """``[*, K]``, groups in order and blocks in order."""
+    flat = [[v for group in point for v in group] for point in expected]
+    assert values.shape == (*lead, len(flat[0]))
+    for row, point in zip(values.reshape(len(flat), -1).tolist(), flat, strict=True):
+        assert row == pytest.approx(point, rel=1e-12, abs=1e-12)
 
 
 @given(partitions, leads, seeds)
@@ -82,7 +81,9 @@ def test_sums_dots_and_norms_are_loops_over_groups(partition, lead, seed):
         loop(partition, lambda a, b: sum(u * v for u, v in zip(a, b, strict=True)), x, y),
         lead,
     )
-    assert partition.sizes(x) == [len(coordinates(random_params(SHAPES), g, 0)) for g in partition]
+    sizes = [len(coordinates(random_params(SHAPES), g, 0)) for g in partition for _ in range(g.blocks)]
+    assert partition.sizes(x).tolist() == sizes
+    assert partition.count == len(sizes)
 
 
 @given(partitions, seeds)
@@ -98,11 +99,12 @@ def test_dots_of_a_batch_and_a_point(partition, seed):
 @fast
 def test_spread_puts_each_groups_value_on_its_rows_and_zero_elsewhere(partition, lead, seed):
     generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(*lead, g.blocks, generator=generator, dtype=torch.float64) for g in partition]
+    drawn = torch.randn(*lead, partition.count, generator=generator, dtype=torch.float64)
+    values = drawn.split([g.blocks for g in partition], -1)
     like = random_params(SHAPES, (), seed)
-    spread = partition.spread(values, like)
+    spread = partition.spread(drawn, like)
     assert list(spread.keys()) == list(SHAPES)
-    inner = lead if values else ()
+    inner = lead
     full = {k: (spread[k] * torch.ones((*inner, *s), dtype=torch.float64)) for k, s in SHAPES.items()}
     for i in range(inner[0] if inner else 1):
         expected = {k: torch.zeros(s, dtype=torch.float64) for k, s in SHAPES.items()}
@@ -120,9 +122,9 @@ def test_spread_puts_each_groups_value_on_its_rows_and_zero_elsewhere(partition,
 @fast
 def test_scale_multiplies_and_normalize_makes_unit_norms(partition, lead, seed):
     x = random_params(SHAPES, lead, seed)
-    for norms in partition.norms(partition.normalize(x)):
-        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-12, atol=0)
-    factors = [torch.full((*lead, g.blocks), 3.0, dtype=torch.float64) for g in partition]
+    norms = partition.norms(partition.normalize(x))
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-12, atol=0)
+    factors = torch.full((*lead, partition.count), 3.0, dtype=torch.float64)
     inside = {name for g in partition for name in g.members}
     tripled = partition.scale(x, factors)
     for name in SHAPES:
@@ -146,8 +148,7 @@ def test_project_removes_the_component_along_each_group(partition, lead, seed):
                     expected[name][index] = source[name][index] - ratio * y[name][index]
         for name in SHAPES:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-11, atol=1e-12)
-    for dots in partition.dots(projected, y):
-        assert float(dots.abs().max()) < 1e-12
+    assert bool((partition.dots(projected, y).abs() < 1e-12).all())
     again = partition.project(projected, y)
     assert float(P.norm(P.combine(1.0, again, -1.0, projected)).max()) < 1e-12
 
@@ -160,7 +161,7 @@ def test_groups_of_norm_zero_stay_zero_with_zero_gradients(name):
     x = random_params(SHAPES)
     assert torch.equal(P.norm(partition.project(x, zero)), P.norm(x))
     leaves = {k: v.clone().requires_grad_() for k, v in zero.items()}
-    value = total(partition.norms(P.make(leaves))) + P.norm(partition.normalize(P.make(leaves)))
+    value = partition.norms(P.make(leaves)).sum() + P.norm(partition.normalize(P.make(leaves)))
     if value.requires_grad:
         gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
         assert not any(g.any() for g in gradients)
@@ -170,15 +171,9 @@ def test_groups_of_norm_zero_stay_zero_with_zero_gradients(name):
 @fast
 def test_the_joint_partition_is_the_whole_vector(lead, seed):
     x = random_params(SHAPES, lead, seed)
-    (norms,) = Partition.joint(SHAPES).norms(x)
+    norms = Partition.joint(SHAPES).norms(x)
     torch.testing.assert_close(norms.squeeze(-1), P.norm(x), rtol=1e-12, atol=0)
-    assert Partition.joint(SHAPES).sizes(x) == [P.numel(x)]
-
-
-def test_total_and_map_blocks_are_loops():
-    blocks = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
-    assert float(total(blocks)) == 6 and float(total([])) == 0
-    assert [b.tolist() for b in map_blocks(lambda a, b: a * b, blocks, blocks)] == [[1.0, 4.0], [9.0]]
+    assert Partition.joint(SHAPES).sizes(x).tolist() == [P.numel(x)]
 
 
 @pytest.mark.parametrize(("group", "word"), [

@@ -220,7 +220,7 @@ def test_sgd_is_the_loop_that_everyone_writes(dtype):
         optimizer.step()
         if step % STEPS == 0:
             total = 0.0
-        total += float(loss) / STEPS
+        total += float(loss.detach()) / STEPS
         if step % STEPS == STEPS - 1:
             assert records[step // STEPS]["loss"] == pytest.approx(total, rel=tolerance)
         for name, value in by_hand.state_dict().items():
