@@ -108,7 +108,7 @@ class AbstractObjective(ABC):
             raise InputError("many() got an empty sequence of points; expected at least one")
         self.evaluations["losses"] += n
         return self._mean(
-            lambda fn: torch.cat([self._losses(fn, chunk) for chunk in self._chunks(source, n)]),
+            lambda fn: torch.cat([self._losses(fn, self._take(source, r)) for r in self._chunks(n)]),
             lambda a, w, b: a + w * (b - a),
         )
 
@@ -122,7 +122,7 @@ class AbstractObjective(ABC):
         self.evaluations["gradients"] += n
 
         def evaluate(fn: LossFunction) -> tuple[Tensor, Params]:
-            parts = [self._grads(fn, chunk) for chunk in self._chunks(source, n)]
+            parts = [self._grads(fn, self._take(source, r)) for r in self._chunks(n)]
             if len(parts) == 1:
                 return parts[0]
             values = torch.cat([v for v, _ in parts])
@@ -139,16 +139,10 @@ class AbstractObjective(ABC):
         self.evaluations["gradients"] += n
 
         def evaluate(fn: LossFunction) -> Params:
-            total, start = None, 0
-            for chunk in self._chunks(source, n):
-                _, grads = self._grads(fn, chunk)
-                size = P.count(grads)
-                w = weights[:, start : start + size]
-                part = P.make(
-                    {k: torch.tensordot(w.to(g.dtype), g, dims=1) for k, g in grads.items()}, (len(w),)
-                )
-                total = part if total is None else P.combine(1.0, total, 1.0, part)
-                start += size
+            total = None
+            for r in self._chunks(n):
+                part = self._weighted(fn, self._take(source, r), weights[:, r.start : r.stop])
+                total = part if total is None else P.shift(total, part)
             assert total is not None
             return total
 
@@ -199,10 +193,17 @@ class AbstractObjective(ABC):
         """Raise :class:`InputError` if the objective is unfit for measuring; a plain function is taken as it is."""
         return
 
-    def _chunks(self, source: Params | Sequence[Params], n: int) -> Iterator[list[Params]]:
+    def _chunks(self, n: int) -> list[range]:
         size = self.engine.chunk if self.engine.name == "vmap" else 1
-        for start in range(0, n, size):
-            yield [P.pick(source, i) for i in range(start, min(start + size, n))]
+        return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def _take(self, source: Params | Sequence[Params], indices: range) -> list[Params]:
+        return [P.pick(source, i) for i in indices]
+
+    def _weighted(self, fn: LossFunction, points: list[Params], weights: Tensor) -> Params:
+        _, grads = self._grads(fn, points)
+        m = len(weights)
+        return P.make({k: torch.tensordot(weights.to(g.dtype), g, dims=1) for k, g in grads.items()}, (m,))
 
     def _losses(self, fn: LossFunction, points: list[Params]) -> Tensor:
         if len(points) == 1:

@@ -25,7 +25,11 @@ def _size(x: Any) -> int:
 
 
 def _is_pair(data: Any) -> bool:
-    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+    """Whether data is one ``(x, y)`` rather than a collection of batches (two pairs in a tuple are two batches)."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        return False
+    pairs = all(isinstance(item, tuple | list) and len(item) == 2 for item in data)
+    return isinstance(data[1], Tensor) or (isinstance(data, tuple) and not pairs)
 
 
 def _call(module: nn.Module, params: dict[str, Tensor], x: Any) -> Any:
@@ -140,16 +144,14 @@ class Objective(_ModuleObjective):
         keep = min(_size(x), 64)
         x = tree_map(lambda a: a[:keep] if isinstance(a, Tensor) and a.ndim else a, x)
         y = y[:keep] if isinstance(y, Tensor) and y.ndim else y
-        states = [torch.get_rng_state()] + [
-            torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-        ]
-        with torch.no_grad(), self._session():
-            first, second = self._loss(params, x, y), self._loss(params, x, y)
+        states = _random_states(params)
+        try:
+            with torch.no_grad(), self._session():
+                first, second = self._loss(params, x, y), self._loss(params, x, y)
+            drew = _differ(states, _random_states(params))
+        finally:
+            _restore(states)
         tolerance = 1e3 * torch.finfo(first.dtype).eps * (1 + float(first.abs()))
-        drew = not torch.equal(states[0], torch.get_rng_state())
-        torch.set_rng_state(states[0])
-        for i, state in enumerate(states[1:]):
-            torch.cuda.set_rng_state(state, i)
         if drew or (bool(first.isfinite()) and float((first - second).abs()) > tolerance):
             raise InputError(
                 f"{type(self.module).__name__} stays random when measured: two evaluations at one point gave "
@@ -182,20 +184,20 @@ class TrainingObjective(_ModuleObjective):
         self.batch_size = _size(self.x)
         self.update_statistics = update_statistics
         self.output: Any = None
-        self._random: Any = None
+        self._random: dict[torch.device, Tensor] | None = None
 
     def _terms(self) -> Iterator[Term]:
         yield 1.0, self._evaluate
 
     def _evaluate(self, params: Params) -> Tensor:
-        first = self._random is None
-        devices = {v.device for v in params.values() if v.device.type == "cuda"}
-        if first:
-            self._random = (torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
-            context = nullcontext() if self.update_statistics else frozen_statistics(self.module)
-            with context:
-                return self._loss(params, self.x, self.y, keep=lambda out: setattr(self, "output", out))
-        current = (torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
+        if self._random is None:
+            before = _random_states(params)
+            with nullcontext() if self.update_statistics else frozen_statistics(self.module):
+                loss = self._loss(params, self.x, self.y, keep=lambda out: setattr(self, "output", out))
+            # a pass that drew nothing needs no masks remade
+            self._random = before if _differ(before, _random_states(params)) else {}
+            return loss
+        current = _random_states(params) if self._random else {}
         try:
             _restore(self._random)
             with frozen_statistics(self.module):
@@ -204,7 +206,22 @@ class TrainingObjective(_ModuleObjective):
             _restore(current)
 
 
-def _restore(states: tuple[Tensor, dict[torch.device, Tensor]]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in states[1].items():
-        torch.cuda.set_rng_state(state, device)
+def _random_states(params: Params) -> dict[torch.device, Tensor]:
+    """The global random states that layers on the parameters' devices draw from."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    for device in {v.device for v in params.values()}:
+        if device.type == "cuda":
+            states[device] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _differ(before: dict[torch.device, Tensor], after: dict[torch.device, Tensor]) -> bool:
+    return any(not torch.equal(state, after[device]) for device, state in before.items())
+
+
+def _restore(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)

@@ -16,6 +16,7 @@ from torch import Tensor
 from bnsharp import params as P
 from bnsharp.types import InputError, Params
 
+
 @dataclass(frozen=True)
 class Group:
     """Groups of one kind: each member is cut along dimension 0 into ``blocks`` equal parts.

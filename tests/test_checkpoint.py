@@ -15,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnsharp import checkpoint
-from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, RunFolder, load, save, to_json, write_atomic
+from bnsharp.checkpoint import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    TIMING,
+    RunFolder,
+    load,
+    save,
+    to_json,
+    write_atomic,
+)
 from bnsharp.types import InputError
 
 PAYLOAD = {"epoch": 3, "module": {"w": torch.arange(6.0).reshape(2, 3)}, "name": "x", "nested": [1, 2.5, None]}

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnsharp import params as P
 from bnsharp import parameters
+from bnsharp import params as P
 from bnsharp.types import InputError, Params
 
 seeds = st.integers(0, 2**16)

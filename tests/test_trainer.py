@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, assert_same, bn_mlp, cross_entropy, examples, one_line, plain_mlp, read_lines, snapshot
+from helpers import (
+    assert_close,
+    assert_same,
+    bn_mlp,
+    cross_entropy,
+    examples,
+    one_line,
+    plain_mlp,
+    read_lines,
+    snapshot,
+)
 from torch import Tensor, nn
 
 from bnsharp import Trainer, parameters, scale_groups
