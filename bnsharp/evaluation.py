@@ -67,6 +67,8 @@ class AbstractObjective(ABC):
     def __init__(self, engine: Engine | str = "loop"):
         self.engine = Engine(engine) if isinstance(engine, str) else engine
         self.evaluations: Counter[str] = Counter()
+        self.on_evaluation: Callable[[int], None] | None = None
+        """Called with the number of losses, gradients or products just evaluated: for progress displays."""
 
     @abstractmethod
     def _terms(self) -> Iterator[Term]:
@@ -75,6 +77,11 @@ class AbstractObjective(ABC):
     def _session(self) -> AbstractContextManager[Any]:
         """The context in which terms are evaluated."""
         return nullcontext()
+
+    def _count(self, kind: str, n: int) -> None:
+        self.evaluations[kind] += n
+        if self.on_evaluation is not None:
+            self.on_evaluation(n)
 
     def _mean(self, evaluate: Callable[[LossFunction], Any], add: Callable[[Any, float, Any], Any]) -> Any:
         result, weights = None, 0.0
@@ -90,12 +97,12 @@ class AbstractObjective(ABC):
 
     def __call__(self, params: Params) -> Tensor:
         """``L(θ)``, a scalar; transformable by ``torch.func`` when the data is one batch."""
-        self.evaluations["losses"] += 1
+        self._count("losses", 1)
         return self._mean(lambda fn: fn(params), lambda a, w, b: a + w * (b - a))
 
     def value_and_grad(self, params: Params) -> tuple[Tensor, Params]:
         """``L(θ)`` and ``∇L(θ)``, detached."""
-        self.evaluations["gradients"] += 1
+        self._count("gradients", 1)
         return self._mean(
             lambda fn: _value_and_grad(fn, params),
             lambda a, w, b: (a[0] + w * (b[0] - a[0]), P.combine(1 - w, a[1], w, b[1])),
@@ -106,7 +113,7 @@ class AbstractObjective(ABC):
         n = P.count(source)
         if n == 0:
             raise InputError("many() got an empty sequence of points; expected at least one")
-        self.evaluations["losses"] += n
+        self._count("losses", n)
         return self._mean(
             lambda fn: torch.cat([self._losses(fn, self._take(source, r)) for r in self._chunks(n)]),
             lambda a, w, b: a + w * (b - a),
@@ -119,7 +126,7 @@ class AbstractObjective(ABC):
     def many_value_and_grad(self, source: Params | Sequence[Params]) -> tuple[Tensor, Params]:
         """Losses ``[n]`` and gradients, a batch ``[n]``; detached."""
         n = P.count(source)
-        self.evaluations["gradients"] += n
+        self._count("gradients", n)
 
         def evaluate(fn: LossFunction) -> tuple[Tensor, Params]:
             parts = [self._grads(fn, self._take(source, r)) for r in self._chunks(n)]
@@ -136,7 +143,7 @@ class AbstractObjective(ABC):
     def weighted_gradients(self, source: Params | Sequence[Params], weights: Tensor) -> Params:
         """``Σ_k W_jk ∇L(θ_k)`` for ``W`` of shape ``[m, n]``: a batch ``[m]``; one chunk of gradients is held."""
         n = P.count(source)
-        self.evaluations["gradients"] += n
+        self._count("gradients", n)
 
         def evaluate(fn: LossFunction) -> Params:
             total = None
@@ -179,7 +186,7 @@ class AbstractObjective(ABC):
                 kept.append(gradient(first[1]))
 
         def apply(v: Params) -> Params:
-            self.evaluations["products"] += 1
+            self._count("products", 1)
             if kept:
                 return product(kept[0], v)
             with torch.enable_grad():

@@ -79,6 +79,10 @@ class Profile(ABC):
         """``(κ, δ)`` of the two-point form."""
         raise InputError(f"{type(self).__name__} has no two-point form; use gradient='exact'")
 
+    def cost(self, searched: bool) -> int:
+        """Losses, gradients or products per direction, for progress displays."""
+        return 1
+
     @property
     def absolute(self) -> bool:
         """Whether the profile measures ``|f|`` rather than f."""
@@ -100,6 +104,9 @@ class Sampled(Profile):
     @abstractmethod
     def combine(self, loss: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Values and numerical errors ``[n]`` from ``L(θ)``, repeated ``[n]``, and ``L(θ + t_k v_i) [n, K]``."""
+
+    def cost(self, searched: bool) -> int:
+        return len(self.points()) * (2 if searched else 1)
 
     def _grid(self, params: Params, v: Source) -> tuple[int, list[float], P.Lazy]:
         n, t = P.count(v), self.points()

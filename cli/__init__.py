@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from bnsharp.cli import demo, listing, measure, train
@@ -24,11 +25,27 @@ def main() -> None:
     """Run the command line: exit code 0 on success, 2 on bad usage with one line, 1 where training failed."""
     from bnsharp.types import DivergedError, InputError
 
+    code: object = 0
     try:
-        app()
+        code = app(standalone_mode=False)
     except InputError as error:
-        print(f"bnsharp: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error), 2)
     except DivergedError as error:
-        print(f"bnsharp: training stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        _stop(f"training stopped: {error}", 1)
+    except typer.Abort:
+        _stop("stopped", 130)
+    except Exception as error:
+        # what the option parser raises says its exit code and its line itself
+        message = getattr(error, "format_message", None)
+        if message is None or not hasattr(error, "exit_code"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(error.exit_code)
+        _stop(" ".join(message().split()), error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(line: str, code: int) -> NoReturn:
+    print(f"bnsharp: {line}", file=sys.stderr)
+    sys.exit(code)

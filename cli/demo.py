@@ -13,7 +13,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for run folders, table and figure")] = Path("bnsharp-demo"),
     seeds: Annotated[int, typer.Option(min=2, help="seeds per algorithm and setting")] = 5,
     epochs: Annotated[int, typer.Option(min=6, help="epochs per run")] = 100,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes [one per core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (default: one per core)")] = None,
 ) -> None:
     """Train SGD, SAM, SGDS-0 and SGDS-5 on digits, with clean and with wrong labels, and compare what they reach.
 

@@ -13,7 +13,7 @@ def measure(
     source: Annotated[str, typer.Argument(help="a run folder, a checkpoint, torchvision:NAME or timm:NAME")],
     data: Annotated[str | None, typer.Option(help="data set or image folder; a run folder's own by default")] = None,
     measures: Annotated[
-        list[str] | None, typer.Option("--measure", metavar="NAME", help=f"repeatable [{', '.join(DEFAULT)}]")
+        list[str] | None, typer.Option("--measure", metavar="NAME", help=f"repeatable (default: {', '.join(DEFAULT)})")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -21,7 +21,7 @@ def measure(
                      "or of one: gaussian.draws=500"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="the model that a bare checkpoint holds")] = None,
-    examples: Annotated[int | None, typer.Option(help="training examples measured on, one batch [all]")] = None,
+    examples: Annotated[int | None, typer.Option(help="training examples measured on, as one batch (all)")] = None,
     statistics: Annotated[str, typer.Option(help="normalizers' statistics: batch or running")] = "batch",
     precision: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
     exact: Annotated[bool, typer.Option("--exact-norms", help="with every normalizer's eps negligible")] = False,

@@ -181,7 +181,8 @@ def one_line(error: BaseException) -> str:
 def command(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``bnsharp ARGUMENTS`` in a process of its own, as a user runs it."""
     return subprocess.run(
-        [sys.executable, "-m", "bnsharp.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=cwd
+        [sys.executable, "-m", "bnsharp.cli", *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, cwd=cwd,
     )
 
 

@@ -130,7 +130,8 @@ def test_options_arrive_and_are_recorded():
 
 @pytest.mark.parametrize(("given", "meant"), [
     ("sdg", "sgd"), ("sgds", None), ("sgds-", "sgds-N"), ("sgds--1", "sgds-N"), ("sgds-1.5", "sgds-N"),
-    ("sgds-x", "sgds-N"), ("SAM", None), ("", None), ("sgds-3-paper-lamda", "sgds-N-paper-lambda"), ("sgds-3 ", "sgds-N"),
+    ("sgds-x", "sgds-N"), ("SAM", None), ("", None), ("sgds-3-paper-lamda", "sgds-N-paper-lambda"),
+    ("sgds-3 ", "sgds-N"),
     ("sgds-3\n", "sgds-N"),
 ])
 def test_an_unknown_name_is_refused_with_the_nearest_one(given, meant):
@@ -143,7 +144,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(given, meant):
 
 
 @pytest.mark.parametrize(("name", "option", "meant"), [
-    ("sgds-2", "detla", "delta"), ("sgds-2-paper-delta", "weigth", "weight"), ("sam", "rh", "rho"), ("sgd", "rho", None),
+    ("sgds-2", "detla", "delta"), ("sgds-2-paper-delta", "weigth", "weight"), ("sam", "rh", "rho"),
+    ("sgd", "rho", None),
     ("sgds-2", "steps", None), ("sgds-2-paper-delta", "options", None),
 ])
 def test_an_unknown_option_is_refused_with_the_nearest_one(name, option, meant):
@@ -159,7 +161,8 @@ BAD = [
     ("sgds-2", {"delta": 0.0}, "delta"), ("sgds-2", {"delta": -0.1}, "delta"), ("sgds-2", {"delta": math.nan}, "delta"),
     ("sgds-2", {"delta": math.inf}, "delta"), ("sgds-2", {"p": 0.5}, "p="), ("sgds-2", {"p": math.inf}, "p="),
     ("sgds-2", {"p": 0}, "p="), ("sgds-2", {"weight": -1.0}, "weight"), ("sgds-2", {"weight": math.nan}, "weight"),
-    ("sgds-2", {"clip": 0.0}, "clip"), ("sgds-2", {"clip": -1.0}, "clip"), ("sgds-2", {"gradient": "exactly"}, "gradient"),
+    ("sgds-2", {"clip": 0.0}, "clip"), ("sgds-2", {"clip": -1.0}, "clip"),
+    ("sgds-2", {"gradient": "exactly"}, "gradient"),
     ("sgds-2", {"rest": "none"}, "rest"), ("sgds-2", {"rule": "newton"}, "rule"), ("sgds-2", {"nodes": 0}, "nodes"),
     ("sgds-2", {"nodes": 2.5}, "nodes"), ("sgds-2", {"coordinates": "polar"}, "coordinates"),
     ("sgds-2", {"delta_growth": 0.0}, "delta_growth"), ("sgds-2", {"weight_growth": -1.0}, "weight_growth"),
@@ -167,7 +170,8 @@ BAD = [
     ("sgds-2-paper-lambda", {"delta": -1.0}, "delta"),
     # wrong types, as they come from --set
     ("sgds-2", {"delta": "big"}, "delta"), ("sgds-2", {"delta": None}, "delta"), ("sgds-2", {"p": "two"}, "p="),
-    ("sgds-2", {"weight": "big"}, "weight"), ("sgds-2", {"clip": "big"}, "clip"), ("sgds-2", {"nodes": "many"}, "nodes"),
+    ("sgds-2", {"weight": "big"}, "weight"), ("sgds-2", {"clip": "big"}, "clip"),
+    ("sgds-2", {"nodes": "many"}, "nodes"),
     ("sgds-2", {"delta_growth": "big"}, "delta_growth"), ("sgds-2", {"weight_growth": "big"}, "weight_growth"),
     ("sgds-2", {"gradient": 3}, "gradient"), ("sgds-2", {"gradient": ["exact"]}, "gradient"),
     ("sgds-2", {"rule": ["alternate"]}, "rule"), ("sgds-2", {"independent_batch": "yes"}, "independent_batch"),

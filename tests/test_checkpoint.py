@@ -114,10 +114,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, form):
 
 def test_a_missing_file_a_folder_and_a_bare_tensor_are_refused_in_one_line(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    for path, word in ((tmp_path / "none.pt", "none.pt"), (tmp_path, tmp_path.name), (tmp_path / "tensor.pt", "Tensor")):
+    for path in (tmp_path / "none.pt", tmp_path, tmp_path / "tensor.pt"):
         with pytest.raises(InputError) as caught:
             load(path)
-        assert word in one_line(caught.value)
+        assert str(path) in one_line(caught.value)
 
 
 def test_a_truncated_file_is_refused_in_one_line(tmp_path):

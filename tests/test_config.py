@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import pytest
-from bnsharp.experiments.config import RunConfig, make_config, parse_setting
 from helpers import fast, one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bnsharp.algorithms import FAMILIES, options_of
+from bnsharp.experiments.config import RunConfig, make_config, parse_setting
 from bnsharp.models import MODELS
 from bnsharp.types import InputError
 
@@ -91,13 +91,16 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(setting, meant):
 
 
 BAD = [
-    ({"epochs": 0}, "epochs"), ({"epochs": 1.5}, "epochs"), ({"epochs": "many"}, "epochs"), ({"batch_size": 0}, "batch_size"),
-    ({"lr": 0.0}, "lr"), ({"lr": -1.0}, "lr"), ({"lr": math.nan}, "lr"), ({"lr": math.inf}, "lr"), ({"lr": "fast"}, "lr"),
+    ({"epochs": 0}, "epochs"), ({"epochs": 1.5}, "epochs"), ({"epochs": "many"}, "epochs"),
+    ({"batch_size": 0}, "batch_size"),
+    ({"lr": 0.0}, "lr"), ({"lr": -1.0}, "lr"), ({"lr": math.nan}, "lr"), ({"lr": math.inf}, "lr"),
+    ({"lr": "fast"}, "lr"),
     ({"lr": None}, "lr"), ({"lr": [0.1]}, "lr"), ({"momentum": 1.0}, "momentum"), ({"momentum": -0.1}, "momentum"),
     ({"weight_decay": -1e-4}, "weight_decay"), ({"weight_decay": math.inf}, "weight_decay"), ({"gamma": 0.0}, "gamma"),
     ({"gamma": 2.0}, "gamma"), ({"seed": -1}, "seed"), ({"seed": 0.5}, "seed"), ({"data_seed": -1}, "data_seed"),
     ({"schedule": "linear"}, "schedule"), ({"engine": "pmap"}, "engine"), ({"threads": 0}, "threads"),
-    ({"milestones": 3}, "milestones"), ({"milestones": ["a"]}, "milestones"), ({"data": 3}, "data"), ({"model": None}, "model"),
+    ({"milestones": 3}, "milestones"), ({"milestones": ["a"]}, "milestones"), ({"data": 3}, "data"),
+    ({"model": None}, "model"),
     ({"algorithm_options": 3}, "algorithm_options"), ({"nonsense": 3}, "nonsense"), ({"optimizer": 3}, "optimizer"),
     ({"data_options": [1]}, "data_options"),
 ]

@@ -1,4 +1,4 @@
-"""Objectives against direct calls of the module, loops and finite differences; what they refuse; what they leave alone."""
+"""Objectives against direct calls, loops and finite differences; what they refuse; what they leave alone."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_value_and_grad_is_autograd(network):
 def test_the_objective_is_transformable_when_its_data_is_one_batch():
     net = bn_mlp().double()
     objective, params = Objective(net, cross_entropy, examples(8, dtype=torch.float64)), parameters(net)
-    value, gradient = objective.value_and_grad(params)
+    _, gradient = objective.value_and_grad(params)
     assert_close(torch.func.grad(objective)(params), gradient, 1e-12)
     v = direction(params)
     _, slope = torch.func.jvp(objective, (params,), (v,))

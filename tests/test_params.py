@@ -202,7 +202,7 @@ def test_parameters_are_detached_copies():
     before = {k: p.detach().clone() for k, p in net.named_parameters()}
     params = parameters(net)
     assert list(params.keys()) == ["weight", "bias"] and params.batch_size == ()
-    for name, value in params.items():
+    for value in params.values():
         assert not value.requires_grad and not isinstance(value, nn.Parameter)
         value.mul_(0).add_(7)
     assert all(torch.equal(p, before[k]) for k, p in net.named_parameters())

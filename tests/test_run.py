@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from bnsharp.experiments.config import RunConfig, make_config
-from bnsharp.experiments.measuring import measure_all, options_for
-from bnsharp.experiments.run import criterion, load_state, objective_of, prepare, read_run, train
-from bnsharp.experiments.sources import open_source
 from helpers import assert_same, cross_entropy, one_line, read_lines, tree
 
 from bnsharp import Objective, parameters
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, load
+from bnsharp.experiments.config import RunConfig, make_config
+from bnsharp.experiments.measuring import measure_all, options_for
+from bnsharp.experiments.run import criterion, load_state, objective_of, prepare, read_run, train
+from bnsharp.experiments.sources import open_source
 from bnsharp.trainer import evaluate
 from bnsharp.types import DivergedError, InputError
 
@@ -142,7 +142,8 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(tmp_path):
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"data": "digitz"}, "digits"), ({"model": "bn-mpl"}, "bn-mlp"), ({"algorithm": "sgsd-1"}, "sgds-N"),
-    ({"optimizer": "SDG"}, "SDG"), ({"optimizer": "Optimizer"}, "Optimizer"), ({"optimizer_options": {"momentums": 1}}, "momentums"),
+    ({"optimizer": "SDG"}, "SDG"), ({"optimizer": "Optimizer"}, "Optimizer"),
+    ({"optimizer_options": {"momentums": 1}}, "momentums"),
     ({"algorithm_options": {"detla": 1}}, "delta"), ({"model_options": {"widht": 1}}, "width"),
     ({"data_options": {"label_nose": 1}}, "label_noise"), ({"data_options": {"label_noise": 1.5}}, "noise"),
     ({"data_options": {"train_size": 10**6}}, "train_size"), ({"data_options": {"train_size": 0}}, "train_size"),
