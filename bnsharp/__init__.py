@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnsharp import algorithms, data, directions, geometry, laws, measures, models, profiles, reduce, regularizers
+    from bnsharp.errors import DivergedError, InputError
     from bnsharp.evaluation import Engine
     from bnsharp.groups import ScaleGroups, scale_groups
     from bnsharp.loop import backward
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from bnsharp.params import parameters
     from bnsharp.partition import Group
     from bnsharp.trainer import Trainer
-    from bnsharp.types import DivergedError, Estimate, InputError, Step
+    from bnsharp.types import Estimate, Step
 
 __version__ = "0.1.0"
 
@@ -34,9 +35,9 @@ _HOME = {
     "Measure": "measures",
     "backward": "loop",
     "Trainer": "trainer",
-    "DivergedError": "types",
+    "DivergedError": "errors",
     "Estimate": "types",
-    "InputError": "types",
+    "InputError": "errors",
     "Step": "types",
 }
 _MODULES = (

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnsharp.checks import positive, suggest
+from bnsharp.checks import flag, positive, suggest
+from bnsharp.errors import InputError
 from bnsharp.geometry import Groups
 from bnsharp.measures import bn_sharpness
 from bnsharp.regularizers import Penalty, Plain, Regularizer, check_weight, sam
-from bnsharp.types import InputError
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def sgds(
     independent_batch: bool = False,
 ) -> Algorithm:
     """SGD with BN-Sharpness; ``weight=None`` is ``λ = (p+1)^{1/p}``, at which c = λκ = 1."""
+    positive("delta", delta)
+    flag("independent_batch", independent_batch)
     for label, growth in (("delta_growth", delta_growth), ("weight_growth", weight_growth)):
         positive(label, growth)
 
@@ -155,7 +157,7 @@ def options_of(family: Family) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def algorithm(name: str, groups: Groups | None = None, **options: Any) -> Algorithm:
+def algorithm(name: str, groups: Groups | None = None, /, **options: Any) -> Algorithm:
     """The named algorithm with these options.
 
     Args:

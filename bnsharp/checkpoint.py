@@ -10,13 +10,13 @@ import io
 import json
 import os
 import pickle
-import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bnsharp.types import InputError
+from bnsharp.errors import InputError
 
 CONFIG, METRICS, TIMING, CHECKPOINT, SUMMARY = (
     "config.json", "metrics.jsonl", "timing.jsonl", "checkpoint.pt", "summary.json"
@@ -25,15 +25,15 @@ CONFIG, METRICS, TIMING, CHECKPOINT, SUMMARY = (
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``: a reader sees the old file or the new one, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -51,14 +51,17 @@ def load(path: Path) -> dict[str, Any]:
         InputError: a missing, truncated or foreign file, or one that holds more than tensors and plain values.
     """
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint at {path}; expected a file written by a training run") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a foreign file can fail in any way inside the reader
+        code = isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower()
+        reason = "it names code to run, which is never done" if code else f"{type(error).__name__} while reading it"
         raise InputError(
-            f"{path} cannot be read as a checkpoint of plain tensors ({reason[:120]}); expected a file written by "
-            "torch.save that loads with weights_only=True"
+            f"{path} is not a checkpoint of plain tensors ({reason}); expected a file of tensors, numbers and strings "
+            "written by torch.save"
         ) from error
     if not isinstance(payload, dict):
         raise InputError(f"{path} holds a {type(payload).__name__}; expected a dictionary of tensors")
@@ -86,6 +89,17 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
 
+    def check_free(self, *, overwrite: bool = False) -> None:
+        """Raise :class:`InputError` unless a run can be started here: nothing is written."""
+        parents = [p for p in (self.path, *self.path.parents) if p.exists()]
+        if parents and not parents[0].is_dir():
+            raise InputError(f"{parents[0]} is a file; expected a folder for the run: choose another --out")
+        if self.exists() and not overwrite:
+            raise InputError(
+                f"{self.path} already holds a run; expected an empty folder: choose another one, or pass --resume or "
+                "--overwrite"
+            )
+
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any], *, overwrite: bool = False) -> RunFolder:
         """A new run; an existing one is refused, or with ``overwrite`` its files are removed (nothing else is).
@@ -94,14 +108,8 @@ class RunFolder:
             InputError: the path is a file, or holds a run already.
         """
         folder = cls(Path(path))
-        if folder.path.exists() and not folder.path.is_dir():
-            raise InputError(f"{folder.path} is a file; expected a folder for the run: choose another --out")
+        folder.check_free(overwrite=overwrite)
         if folder.exists():
-            if not overwrite:
-                raise InputError(
-                    f"{folder.path} already holds a run; expected an empty folder: choose another one, or pass "
-                    "--resume or --overwrite"
-                )
             for name in (CONFIG, METRICS, TIMING, CHECKPOINT, SUMMARY):
                 (folder.path / name).unlink(missing_ok=True)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -134,9 +142,12 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The stored configuration."""
         try:
-            return json.loads((self.path / CONFIG).read_text())
+            stored = json.loads((self.path / CONFIG).read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path} is not a run folder: {CONFIG} is missing or not JSON") from error
+        if not isinstance(stored, dict):
+            raise InputError(f"{self.path} is not a run folder: {CONFIG} holds a {type(stored).__name__}")
+        return stored
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write one JSON file atomically."""

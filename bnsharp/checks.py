@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from bnsharp.types import InputError
+from bnsharp.errors import InputError
 
 
 def suggest(given: object, known: Iterable[str]) -> str:
@@ -50,11 +50,17 @@ def at_least(name: str, value: Any, least: float) -> None:
         raise InputError(f"{name}={value!r}; expected a finite {name} >= {least:g}")
 
 
+def flag(name: str, value: Any) -> None:
+    """Raise :class:`InputError` unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}={value!r}; expected true or false")
+
+
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
     """Raise :class:`InputError` unless ``value`` is one of the known names."""
     names = list(known)
-    if value not in names:
-        raise InputError(f"{name}={value!r}; expected one of {', '.join(map(repr, names))}{suggest(value, names)}")
+    if not isinstance(value, str) or value not in names:
+        raise InputError(f"{name}={value!r}; expected one of {', '.join(names)}{suggest(value, names)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from bnsharp.checks import suggest, whole
-from bnsharp.types import InputError
+from bnsharp.errors import InputError
 
 Pair = tuple[Tensor, Tensor]
 """Images and labels: uint8 ``[N, C, H, W]`` (float32 once normalised) and int64 ``[N]``."""
@@ -371,7 +371,7 @@ def _stream(seed: int, stream: int) -> torch.Generator:
 
 
 def _require_fraction(value: float) -> None:
-    if not 0 <= value <= 1:  # NaN too
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:  # NaN too
         raise InputError(f"label noise {value!r}; expected a fraction between 0 and 1: pass e.g. 0.2 for 20%")
 
 

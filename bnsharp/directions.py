@@ -34,6 +34,10 @@ class Directions(Protocol):
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found: ...
 
+    def cost(self) -> int:
+        """Directions tried, at most: for progress displays."""
+        ...
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -44,6 +48,9 @@ class Draw:
 
     def __post_init__(self) -> None:
         whole("draws", self.n)
+
+    def cost(self) -> int:
+        return self.n
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         params, ball = frame.params, frame.ball
@@ -58,6 +65,9 @@ class Given:
     """Directions given in unit coordinates: a batch ``[n]`` or one point."""
 
     u: Params
+
+    def cost(self) -> int:
+        return P.count(self.u) if self.u.batch_size else 1
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         return Found(self.u if self.u.batch_size else P.batch(self.u))
@@ -111,6 +121,9 @@ class Ascend:
         one_of("rule", self.rule, RULES)
         one_of("coordinates", self.coordinates, ("unit", "ambient"))
         positive("rate", self.rate)
+
+    def cost(self) -> int:
+        return (self.steps + 1) * (self.restarts + 1)
 
     def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Params:
         """The steepest start and the random ones: a batch ``[1 + restarts]``."""
@@ -192,6 +205,9 @@ class Lanczos:
     def __post_init__(self) -> None:
         whole("iterations", self.iterations)
         positive("tolerance", self.tolerance)
+
+    def cost(self) -> int:
+        return self.iterations + 1
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         params = frame.params

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.checks import one_of, whole
+from bnsharp.errors import InputError
 from bnsharp.modes import math_attention
-from bnsharp.types import InputError, LossFunction, Params
+from bnsharp.types import LossFunction, Params
 
 Term = tuple[float, LossFunction]
 

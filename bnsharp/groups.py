@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bnsharp import params as P
+from bnsharp.errors import InputError
 from bnsharp.modes import exact_norms, math_attention, measuring, untouched
 from bnsharp.partition import Group, Partition
 from bnsharp.probing import Probe, find_groups, log_uniform
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 KINDS = ("row", "block", "tensor", "joint", "inert")
 TOLERANCE = 1e-8

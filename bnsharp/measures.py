@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.checks import unknown
-from bnsharp.directions import Ascend, Directions, Draw, Lanczos
+from bnsharp.checks import positive, unknown
+from bnsharp.directions import Ascend, Directions, Draw, Given, Lanczos
+from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Elementwise, Euclidean, Geometry, Groups, Groupwise, JointBall
 from bnsharp.laws import Ball, Box, Gaussian, Law, Rademacher, Uniform
 from bnsharp.profiles import Anchor, Curvature, ExactScore, Line, Profile, Rise
 from bnsharp.reduce import Maximum, Mean, PowerMean, Reduce
-from bnsharp.types import Estimate, Found, InputError, Params
+from bnsharp.types import Estimate, Found, Params
 
 DEFAULT_SEED = 0
 """The seed used where no generator is given: measuring twice gives the same number."""
@@ -86,6 +87,11 @@ class Measure:
             statistics=objective.statistics,
             batch_size=objective.batch_size,
         )
+
+    def cost(self) -> int:
+        """Losses, gradients and products that one measurement takes, about: for progress displays."""
+        searched = not isinstance(self.directions, Draw | Given)
+        return 2 + self.directions.cost() * self.profile.cost(searched)
 
     def penalty(
         self,
@@ -158,6 +164,7 @@ def gaussian(*, sigma: float = 1e-2, draws: int = 100) -> Measure:
     Raises:
         InputError: σ ≤ 0 or not finite, fewer than one draw.
     """
+    positive("sigma", sigma)
     return Measure(Euclidean(sigma), Draw(Gaussian(), draws), Rise(), Mean())
 
 
@@ -173,6 +180,7 @@ def lebesgue_ball(*, delta: float = 1e-2, draws: int = 100, p: float | None = No
     Raises:
         InputError: δ ≤ 0 or not finite, p < 1, fewer than one draw, an unknown ball.
     """
+    positive("delta", delta)
     geometry = Euclidean(delta, ball)
     law: Law = Ball() if isinstance(geometry.ball, JointBall) else Box()
     if p is None:
@@ -187,11 +195,13 @@ def epsilon_sharpness(
 
     Not invariant under rescaling: shrinking one normalized filter makes it grow.
     """
+    positive("delta", delta)
     return Measure(Euclidean(delta), Ascend(steps, restarts), Rise(relative=relative), Maximum())
 
 
 def adaptive(*, rho: float = 0.05, eta: float = 0.0, steps: int = 10, restarts: int = 0) -> Measure:
     """Adaptive sharpness ``max L(θ+v) − L(θ)``, ``‖v ⊘ (|θ|+η)‖ ≤ ρ`` (Kwon et al. 2021, eq. 3)."""
+    positive("rho", rho)
     return Measure(Elementwise(rho, eta), Ascend(steps, restarts), Rise(), Maximum())
 
 

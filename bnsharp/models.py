@@ -17,8 +17,8 @@ import torch
 from einops.layers.torch import Rearrange, Reduce
 from torch import nn
 
-from bnsharp.checks import unknown, whole
-from bnsharp.types import InputError
+from bnsharp.checks import one_of, unknown, whole
+from bnsharp.errors import InputError
 
 Shape = tuple[int, int, int]
 """Channels, height and width of one image, ``(C, H, W)``."""
@@ -49,7 +49,7 @@ class ModelSpec:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def build(name: str, input_shape: tuple[int, ...], classes: int, *, seed: int, **options: Any) -> nn.Module:
+def build(name: str, input_shape: tuple[int, ...], classes: int, /, *, seed: int, **options: Any) -> nn.Module:
     """The model ``name`` on the CPU, in train mode, for images ``[n, C, H, W]``; its output is logits ``[n, classes]``.
 
     Args:
@@ -196,8 +196,7 @@ def _sequential(layers: dict[str, nn.Module]) -> nn.Module:
 
 
 def _choice(option: str, given: str, known: dict[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
-    if given not in known:
-        raise unknown(option, given, known)
+    one_of(option, given, known)
     return known[given]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
+from bnsharp.errors import InputError
 from bnsharp.params import unwrap
-from bnsharp.types import InputError
 
 NEGLIGIBLE_EPS = 1e-30
 """A normalizer's ε that changes nothing: torch refuses 0 in training mode and accepts this, in float32 too."""

@@ -12,12 +12,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from bnsharp import params as P
 from bnsharp.checks import one_of
+from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine, Term
 from bnsharp.modes import frozen_statistics, measuring
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 
-def _size(x: Any) -> int:
+def batch_size(x: Any) -> int:
+    """Examples in a batch's inputs, a tensor or a pytree of tensors."""
     leaves = [leaf for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor) and leaf.ndim]
     if not leaves:
         raise InputError(f"a batch's inputs hold no tensor with examples along dimension 0, got {type(x).__name__}")
@@ -32,9 +34,11 @@ def _is_pair(data: Any) -> bool:
     return isinstance(data[1], Tensor) or (isinstance(data, tuple) and not pairs)
 
 
-def _call(module: nn.Module, params: dict[str, Tensor], x: Any) -> Any:
-    args, kwargs = (tuple(x), {}) if isinstance(x, tuple | list) else ((), x) if isinstance(x, dict) else ((x,), {})
-    return torch.func.functional_call(module, params, args, kwargs)
+def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How inputs are passed to a module: a tuple as ``module(*x)``, a dictionary as ``module(**x)``."""
+    if isinstance(x, dict):
+        return (), x
+    return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
 
 
 class _ModuleObjective(AbstractObjective):
@@ -62,11 +66,11 @@ class _ModuleObjective(AbstractObjective):
 
     def _loss(self, params: Params, x: Any, y: Any, keep: Callable[[Any], None] | None = None) -> Tensor:
         try:
-            output = _call(self.module, self._tensors(params), x)
+            output = torch.func.functional_call(self.module, self._tensors(params), *arguments(x))
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise InputError(
-                    f"a batch of {_size(x)} example(s) leaves one value per channel, and batch statistics need at "
+                    f"a batch of {batch_size(x)} example(s) leaves one value per channel, and batch statistics need at "
                     "least two: use a larger batch, or statistics='running'"
                 ) from error
             raise
@@ -122,7 +126,7 @@ class Objective(_ModuleObjective):
             )
         self.batch_size = None
         for x, _ in self.batches:
-            self.batch_size = _size(x)
+            self.batch_size = batch_size(x)
             break
         if self.batch_size is None:
             raise InputError("data holds no batch; expected one (x, y) or a non-empty collection of batches")
@@ -130,7 +134,7 @@ class Objective(_ModuleObjective):
 
     def _terms(self) -> Iterator[Term]:
         for x, y in self.batches:
-            yield float(_size(x)), lambda params, x=x, y=y: self._loss(params, x, y)  # type: ignore[misc]
+            yield float(batch_size(x)), lambda params, x=x, y=y: self._loss(params, x, y)  # type: ignore[misc]
 
     def _session(self) -> AbstractContextManager[Any]:
         assert self.statistics is not None
@@ -141,7 +145,7 @@ class Objective(_ModuleObjective):
         if self._checked:
             return
         x, y = next(iter(self.batches))
-        keep = min(_size(x), 64)
+        keep = min(batch_size(x), 64)
         x = tree_map(lambda a: a[:keep] if isinstance(a, Tensor) and a.ndim else a, x)
         y = y[:keep] if isinstance(y, Tensor) and y.ndim else y
         states = _random_states(params)
@@ -181,7 +185,7 @@ class TrainingObjective(_ModuleObjective):
     ):
         super().__init__(module, criterion, engine)
         self.x, self.y = batch
-        self.batch_size = _size(self.x)
+        self.batch_size = batch_size(self.x)
         self.update_statistics = update_statistics
         self.output: Any = None
         self._random: dict[torch.device, Tensor] | None = None

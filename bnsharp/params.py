@@ -14,7 +14,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from bnsharp.types import InputError, Params
+from bnsharp.errors import InputError
+from bnsharp.types import Params
 
 
 def unwrap(module: nn.Module) -> nn.Module:

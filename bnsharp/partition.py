@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.types import InputError, Params
+from bnsharp.errors import InputError
+from bnsharp.types import Params
 
 
 @dataclass(frozen=True)

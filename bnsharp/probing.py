@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bnsharp import params as P
+from bnsharp.errors import InputError
 from bnsharp.partition import Group
-from bnsharp.types import InputError
 
 _EXAMPLES = (4, 16)
 """Fewest and most examples: BN maps 2 examples to ±1 and 3 to a circle, whatever the weights before it."""

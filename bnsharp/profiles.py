@@ -17,11 +17,12 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.checks import at_least
+from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is_transformed
 from bnsharp.geometry import Frame
 from bnsharp.modes import math_attention
 from bnsharp.quadrature import SegmentLaw, check_nodes, line_points, power_norm
-from bnsharp.types import InputError, Params, Scored
+from bnsharp.types import Params, Scored
 
 Source = Params | Sequence[Params]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations, pairwise
 from typing import Protocol
 
@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnsharp.types import InputError
+from bnsharp.checks import whole
+
+
+VISIBLE = 1e-4
+"""A change of sign matters where f rises above this fraction of ``max|f|`` on both sides."""
 
 
 class SegmentLaw(Protocol):
@@ -45,6 +49,12 @@ class Rule:
 
     x: np.ndarray
     w: np.ndarray
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """``[2, m]``: the slope at 0 and the value at 1 of the polynomial through (0, 0) and ``(x_j, f_j)``."""
+        tiny = 1e-6
+        return np.stack([self.interpolation(np.array([tiny]))[0] / tiny, self.interpolation(np.array([1.0]))[0]])
 
     def interpolation(self, z: np.ndarray) -> np.ndarray:
         """``B [len(z), m]``: values at z of the polynomial through (0, 0) and ``(x_j, f_j)``."""
@@ -81,7 +91,7 @@ def _subset(full: Rule, part: Rule) -> list[int]:
 
 def _roots(values: Tensor, rule: Rule) -> list[float]:
     """Sign changes in (0, 1) of the interpolating polynomial, by bisection between points of a grid."""
-    f = values.detach().double().cpu().numpy()
+    f = np.array(values.detach().tolist())
     grid = np.linspace(0.0, 1.0, 257)[1:]
     at = rule.interpolation(grid) @ f
     cuts = np.nonzero(np.sign(at[1:]) * np.sign(at[:-1]) < 0)[0]
@@ -116,7 +126,9 @@ def _panel_means(values: Tensor, rule: Rule, law: SegmentLaw, p: float) -> Tenso
     x = values.new_tensor(rule.x)
     weights = values.new_tensor(rule.w) * law.density(x * law.reach) * law.reach
     direct = (weights * values.abs() ** p).sum(-1)
-    crossing = (values.detach().amax(-1) > 0) & (values.detach().amin(-1) < 0)
+    # signs at the nodes, and of the interpolating polynomial just after 0 and at the far end
+    seen = torch.cat([values.detach(), values.detach() @ values.new_tensor(rule.ends).T], -1)
+    crossing = (seen.amax(-1) > VISIBLE) & (seen.amin(-1) < -VISIBLE)
     redo = torch.ones_like(crossing) if p > len(rule.x) else crossing & (not even)
     if not bool(redo.any()):
         return direct
@@ -133,8 +145,7 @@ def _panel_means(values: Tensor, rule: Rule, law: SegmentLaw, p: float) -> Tenso
 
 def check_nodes(nodes: int) -> None:
     """Raise :class:`InputError` unless an embedded rule exists for this many nodes per panel."""
-    if nodes < 3:
-        raise InputError(f"nodes={nodes} per half segment; expected at least 3 (the error estimate leaves two out)")
+    whole("nodes", nodes, 3)
 
 
 def line_points(law: SegmentLaw, nodes: int) -> list[float]:

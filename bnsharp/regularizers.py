@@ -17,12 +17,13 @@ from torch import Tensor
 from bnsharp import params as P
 from bnsharp.checks import at_least, one_of, positive
 from bnsharp.directions import Ascend
+from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Elementwise, Euclidean, GroupBall
 from bnsharp.measures import DEFAULT_SEED, Measure
 from bnsharp.profiles import Anchor, ExactScore, Rise, SecantScore
 from bnsharp.reduce import Maximum, Reduce
-from bnsharp.types import InputError, Params, Scored, State, Step
+from bnsharp.types import Params, Scored, State, Step
 
 
 class Regularizer(Protocol):
@@ -228,9 +229,7 @@ class Penalty:
         anchor = Anchor(objectives[1], params) if len(objectives) > 1 else Anchor(objectives[0], params, loss, gradient)
         value, r = self._penalty(anchor, generator)
         size = P.norm(r)
-        factor = torch.full_like(size, weight)
-        if self.clip is not None:
-            factor = factor * (self.clip / size.clamp(min=self.clip))
+        factor = weight if self.clip is None else weight * (self.clip / size.clamp(min=self.clip))
         ratio = P.safe_divide(factor * size, P.norm(gradient))
         total = P.combine(1.0, gradient, factor, r)
         return Step(loss, value, total, _gradients(objectives) - before, state, ratio)
@@ -245,6 +244,7 @@ def sam(*, rho: float = 0.05) -> Penalty:
     Raises:
         InputError: ρ ≤ 0 or not finite.
     """
+    positive("rho", rho)
     return Penalty(Measure(Euclidean(rho), Ascend(0), Rise(), Maximum()))
 
 
@@ -254,4 +254,5 @@ def asam(*, rho: float = 0.5, eta: float = 0.01) -> Penalty:
     Raises:
         InputError: ρ ≤ 0, η < 0, or either not finite.
     """
+    positive("rho", rho)
     return Penalty(Measure(Elementwise(rho, eta), Ascend(0), Rise(), Maximum()))

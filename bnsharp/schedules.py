@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from bnsharp.types import InputError
+from bnsharp.errors import InputError
 
 Schedule = Callable[[Optimizer], LRScheduler]
 

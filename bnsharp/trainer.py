@@ -18,11 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from bnsharp import params as P
 from bnsharp.checkpoint import METRICS, TIMING, RunFolder
 from bnsharp.checks import whole
+from bnsharp.errors import DivergedError, InputError
 from bnsharp.evaluation import Engine
 from bnsharp.loop import backward
+from bnsharp.objective import arguments, batch_size
 from bnsharp.regularizers import Plain, Regularizer, check_weight
 from bnsharp.schedules import Schedule, constant
-from bnsharp.types import DivergedError, InputError, State, Step
+from bnsharp.types import State, Step
 
 Batch = tuple[Any, Any]
 Epoch = Callable[[torch.Generator], Iterable[Batch]]
@@ -30,9 +32,9 @@ Criterion = Callable[[Any, Any], Tensor]
 Evaluation = Callable[[nn.Module], dict[str, float]]
 
 
-def accuracy(output: Any, y: Tensor) -> Tensor:
+def accuracy(output: Any, y: Any) -> Tensor:
     """Fraction of correct classes; NaN where the output is not ``[n, classes]`` scores."""
-    if not isinstance(output, Tensor) or output.ndim != 2 or y.ndim != 1:
+    if not all(isinstance(a, Tensor) for a in (output, y)) or output.ndim != 2 or y.ndim != 1:
         return torch.full((), float("nan"))
     return (output.argmax(1) == y).double().mean()
 
@@ -46,10 +48,11 @@ def evaluate(module: nn.Module, criterion: Criterion, batches: Iterable[Batch]) 
             loss = correct = torch.zeros((), dtype=torch.float64)
             n = 0
             for x, y in batches:
-                output = module(x)
-                loss = loss + len(y) * criterion(output, y).double().cpu()
-                correct = correct + len(y) * accuracy(output, y).cpu()
-                n += len(y)
+                args, kwargs = arguments(x)
+                output, size = module(*args, **kwargs), batch_size(x)
+                loss = loss + size * criterion(output, y).double().cpu()
+                correct = correct + size * accuracy(output, y).cpu()
+                n += size
     finally:
         for m, mode in was_training.items():
             m.training = mode
@@ -75,8 +78,7 @@ class _Sums:
     examples: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, step: Step, y: Any) -> None:
-        n = len(y)
+    def add(self, step: Step, n: int, y: Any) -> None:
         values = {
             "loss": n * step.loss.double(),
             "accuracy": n * accuracy(step.output, y),
@@ -209,7 +211,7 @@ class Trainer:
             self._state = step.state
             self._count["steps"] += 1
             self._count["gradients"] += step.evaluations
-            sums.add(step, batch[1])
+            sums.add(step, batch_size(batch[0]), batch[1])
             if self.on_step is not None:
                 self.on_step(epoch, index)
         if not sums.steps:

@@ -1,4 +1,4 @@
-"""Values that pass between the slots: estimates, found directions, training steps, errors."""
+"""Values that pass between the slots: estimates, found directions, training steps."""
 
 from __future__ import annotations
 
@@ -28,14 +28,6 @@ else:
 
 State = dict[str, Tensor]
 """What a regulariser carries from step to step: tensors only, so that it can be checkpointed."""
-
-
-class InputError(ValueError):
-    """Bad usage: the message says in one line what was given, what was expected and what to do."""
-
-
-class DivergedError(RuntimeError):
-    """Training met a non-finite loss or gradient; the message says at which epoch and step."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 import typer
+
 from bnsharp.cli import demo, listing, measure, train
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app.command("list")(listing.listing)
 
 def main() -> None:
     """Run the command line: exit code 0 on success, 2 on bad usage with one line, 1 where training failed."""
-    from bnsharp.types import DivergedError, InputError
+    from bnsharp.errors import DivergedError, InputError
 
     code: object = 0
     try:

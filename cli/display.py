@@ -22,61 +22,68 @@ def console() -> Console:
 
 
 class Bar:
-    """A progress bar: ``advance(n)``, and a note beside it."""
+    """A progress bar: ``start(total)`` sets the clock, ``advance(n)`` moves it, ``note(text)`` stands beside it."""
 
-    def __init__(self, advance: Callable[[int], None], note: Callable[[str], None], resize: Callable[[int], None]):
-        self.advance, self.note, self.resize = advance, note, resize
+    def __init__(self, start: Callable[[int], None], advance: Callable[[int], None], note: Callable[[str], None]):
+        self.start, self.advance, self.note = start, advance, note
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "steps") -> Iterator[Bar]:
     """A bar with ETA on standard error; every ten seconds a line where that is no terminal."""
     err = Console(stderr=True)
-    if err.is_terminal:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=err, transient=True) as bar:
-            task = bar.add_task(label, total=total, note="")
-            yield Bar(
-                lambda n: bar.advance(task, n),
-                lambda text: bar.update(task, note=text),
-                lambda n: bar.update(task, total=n),
-            )
+    if not err.is_terminal:
+        log = _PlainLog(label, total, unit)
+        try:
+            yield Bar(log.start, log.advance, log.set_note)
+        finally:
+            log.close()
         return
-    with _plain_log(label, total, unit) as plain:
-        yield plain
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+        TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(label, total=total or None, note="")
+        yield Bar(
+            lambda n: bar.reset(task, total=n),
+            lambda n: bar.advance(task, n),
+            lambda text: bar.update(task, note=text),
+        )
 
 
-@contextmanager
-def _plain_log(label: str, total: int, unit: str) -> Iterator[Bar]:
-    started = shown = time.monotonic()
-    done, note, size = 0, "", total
+class _PlainLog:
+    """Lines instead of a bar: at most one every ten seconds, and a last one where it took two seconds or more."""
 
-    def show() -> None:
-        elapsed = time.monotonic() - started
-        eta = f", eta {elapsed * (size - done) / done:.0f} s" if 0 < done < size else ""
-        print(f"{label}: {done}/{size} {unit}, {elapsed:.0f} s{eta} {note}".rstrip(), file=sys.stderr, flush=True)
+    def __init__(self, label: str, total: int, unit: str):
+        self.label, self.unit, self.note = label, unit, ""
+        self.start(total)
 
-    def advance(n: int) -> None:
-        nonlocal done, shown
-        done += n
-        if time.monotonic() - shown >= LOG_EVERY:
-            shown = time.monotonic()
-            show()
+    def start(self, total: int) -> None:
+        self.total, self.done, self.shown = total, 0, -1
+        self.started = self.next = time.monotonic()
+        self.next += LOG_EVERY
 
-    def set_note(text: str) -> None:
-        nonlocal note
-        note = text
+    def set_note(self, text: str) -> None:
+        self.note = text
 
-    def resize(n: int) -> None:
-        nonlocal size
-        size = n
+    def advance(self, n: int) -> None:
+        self.done += n
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + LOG_EVERY
+            self.show()
 
-    yield Bar(advance, set_note, resize)
-    if time.monotonic() - started >= 2:
-        show()
+    def show(self) -> None:
+        elapsed = time.monotonic() - self.started
+        left = elapsed * (self.total - self.done) / self.done if 0 < self.done < self.total else 0.0
+        eta = f", eta {left:.0f} s" if left else ""
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s{eta} {self.note}".rstrip()
+        print(line, file=sys.stderr, flush=True)
+        self.shown = self.done
+
+    def close(self) -> None:
+        if time.monotonic() - self.started >= 2 and self.shown != self.done:
+            self.show()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> Table:

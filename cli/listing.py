@@ -15,11 +15,10 @@ def listing(
     what: Annotated[str, typer.Argument(help="measures, algorithms, models or data; all of them by default")] = "",
 ) -> None:
     """List the measures, algorithms, models and data sets that there are, with their options."""
-    from bnsharp.cli.display import console, definitions
-
     from bnsharp import algorithms, data, measures, models
     from bnsharp.checks import suggest
-    from bnsharp.types import InputError
+    from bnsharp.cli.display import console, definitions
+    from bnsharp.errors import InputError
 
 
     entries: dict[str, list[tuple[str, str, str, str]]] = {

@@ -29,19 +29,18 @@ def measure(
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
 ) -> None:
     """Measure the sharpness of a network on its training data, with sampling and numerical errors."""
+    from bnsharp.checkpoint import to_json
     from bnsharp.cli.display import console, load_progress, number, progress, table
     from bnsharp.experiments.measuring import measure_all, options_for
     from bnsharp.experiments.sources import open_source
 
-    from bnsharp.checkpoint import to_json
-
     names = list(dict.fromkeys(measures or DEFAULT))
     options = options_for(names, set_ or [])
     opened = open_source(source, data=data, model=model, seed=seed, progress=load_progress("reading images"))
-    with progress("measuring", len(names), "measures") as bar:
+    with progress("measuring", 0, "evaluations") as bar:
         results: dict[str, Any] = measure_all(
             opened.module, opened.data, options, examples=examples, statistics=statistics, precision=precision,
-            exact=exact, seed=seed, on_measure=lambda name: (bar.note(name), bar.advance(1)),
+            exact=exact, seed=seed, on_start=bar.start, on_measure=bar.note, advance=bar.advance,
         )
     if json:
         print(to_json(results))

@@ -26,10 +26,9 @@ def train(
 ) -> None:
     """Train a network with a named algorithm into a run folder: configuration, metrics, timing, checkpoint, summary."""
     from bnsharp.cli.display import console, load_progress, number, progress, table
+    from bnsharp.errors import InputError
     from bnsharp.experiments.config import make_config
     from bnsharp.experiments.run import train as run
-
-    from bnsharp.types import InputError
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite contradict each other; expected one of them")
@@ -47,7 +46,7 @@ def train(
 
         try:
             _, result = run(
-                config, where, resume=resume, overwrite=overwrite, on_start=bar.resize,
+                config, where, resume=resume, overwrite=overwrite, on_start=bar.start,
                 on_step=lambda epoch, step: bar.advance(1), on_epoch=on_epoch, progress=load_progress("reading images"),
             )
         except KeyboardInterrupt:
@@ -55,12 +54,13 @@ def train(
             typer.echo(f"bnsharp: stopped; {kept} in {where}: go on with --resume", err=True)
             raise typer.Exit(130) from None
     record = result.last
-    shown = {
+    rows = {
         "test accuracy": f"{100 * record['test_accuracy']:.2f}%",
         "training accuracy": f"{100 * record['accuracy']:.2f}%",
         "loss": number(record["loss"]), "penalty": number(record["penalty"]),
         "|λr|/|∇L|": number(record["ratio"]), "gradient evaluations": str(record["gradient_evaluations"]),
         "parameter norm": number(record["parameter_norm"]),
     }
-    console().print(table(f"{config.algorithm}, epoch {record['epoch']}", list(shown), [list(shown.values())]))
+    console().print(table(f"{config.algorithm} on {Path(config.data).name}, epoch {record['epoch']}", ("", "value"),
+                          list(rows.items())))
     console().print(f"run folder: {where}")

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from bnsharp.algorithms import FAMILIES, options_of
 from bnsharp.checks import suggest
-from bnsharp.types import InputError
+from bnsharp.errors import InputError
+from bnsharp.models import MODELS
 
 
 class RunConfig(BaseModel):
@@ -52,17 +54,16 @@ class RunConfig(BaseModel):
         return self.seed if self.data_seed is None else self.data_seed
 
 
-_SHORTCUTS = {
-    # options that users think of as the run's own
-    "label_noise": "data_options", "train_size": "data_options", "augment": "data_options",
-    "image_size": "data_options", "root": "data_options",
-    "width": "model_options", "depth": "model_options", "activation": "model_options",
-    "delta": "algorithm_options", "delta_growth": "algorithm_options", "p": "algorithm_options",
-    "weight": "algorithm_options", "weight_growth": "algorithm_options", "gradient": "algorithm_options",
-    "clip": "algorithm_options", "rest": "algorithm_options", "rule": "algorithm_options",
-    "rho": "algorithm_options", "independent_batch": "algorithm_options", "nodes": "algorithm_options",
-    "coordinates": "algorithm_options",
-}
+DATA_OPTIONS = ("label_noise", "train_size", "augment", "image_size", "root", "download")
+
+
+def shortcuts() -> dict[str, str]:
+    """Options that can be set by their bare name, and the field that holds them."""
+    return {
+        **{k: "data_options" for k in DATA_OPTIONS},
+        **{k: "model_options" for spec in MODELS.values() for k in spec.options},
+        **{k: "algorithm_options" for family in FAMILIES.values() for k in options_of(family)},
+    }
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -88,14 +89,14 @@ def make_config(values: dict[str, Any], settings: list[str] | None = None) -> Ru
     Raises:
         InputError: an unknown key (with the nearest known one) or a value out of range.
     """
+    fields, homes = list(RunConfig.model_fields), shortcuts()
     merged: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    fields = list(RunConfig.model_fields)
     for key, value in (parse_setting(s) for s in settings or []):
         head, _, tail = key.partition(".")
-        if not tail and key in _SHORTCUTS:
-            head, tail = _SHORTCUTS[key], key
+        if not tail and key in homes:
+            head, tail = homes[key], key
         if head not in fields:
-            known = [*fields, *_SHORTCUTS]
+            known = [*fields, *homes]
             raise InputError(f"unknown setting {key!r}; expected one of {', '.join(known)}" + suggest(key, known))
         if tail:
             merged.setdefault(head, {})

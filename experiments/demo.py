@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bnsharp.checkpoint import write_atomic
 from bnsharp.experiments.statistics import mean_interval
 from bnsharp.experiments.study import Task
-
-from bnsharp.checkpoint import write_atomic
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "clean labels": {},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from bnsharp.experiments.statistics import mean_interval
 
 COLORS = ("#4d4d4d", "#d98c00", "#2b7bba", "#b5179e", "#2a9d4a", "#c1272d")

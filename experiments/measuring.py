@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -9,17 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bnsharp.experiments.config import parse_setting
-from bnsharp.experiments.run import objective_of, probe_batch
-from torch import Tensor, nn
+from torch import nn
 
 from bnsharp import measures
 from bnsharp import params as P
 from bnsharp.checks import suggest
 from bnsharp.data import ImageData
+from bnsharp.errors import InputError
+from bnsharp.experiments.config import parse_setting
+from bnsharp.experiments.run import objective_of, probe_batch
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.modes import exact_norms
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 
 @dataclass(frozen=True)
@@ -65,37 +67,38 @@ def before_and_after(
     objective = objective_of(module, data, dtype=torch.float64)
     theta = doubled(module)
     other = Rescaling(seed=seed)(groups, theta)
-    sharp = measures.bn_sharpness(groups, delta=delta, steps=steps)
-    noise = measures.gaussian(sigma=sigma)
+    compared = {
+        "bn_sharpness": measures.bn_sharpness(groups, delta=delta, steps=steps),
+        "gaussian": measures.gaussian(sigma=sigma),
+    }
+    top = measures.hessian_top()
+    generator = functools.partial(P.seeded, seed, P.first(theta).device)
     result: dict[str, Any] = {}
     with exact_norms(module):
         with torch.no_grad():
             loss = objective(theta)
             result["loss"] = float(loss)
             result["loss_change"] = abs(float(objective(other) - loss))
-        for name, measure in (("bn_sharpness", sharp), ("gaussian", noise)):
+        sharpest: Params | None = None
+        for name, measure in compared.items():
             for when, point in (("", theta), ("_rescaled", other)):
-                estimate = measure(objective, point, P.seeded(seed, P.first(theta).device))
+                estimate = measure(objective, point, generator())
                 result |= {f"{name}{when}": estimate.value, f"{name}{when}_stderr": estimate.stderr,
                            f"{name}{when}_error": estimate.error}
-                if name == "bn_sharpness" and not when and line:
-                    result |= _line(objective.along, theta, estimate.direction, delta, line)
+                sharpest = estimate.direction if sharpest is None else sharpest
                 tick()
-        top = measures.hessian_top()(objective, theta, P.seeded(seed, P.first(theta).device))
-        result |= {"hessian_top": top.value, "hessian_top_error": top.error}
+        estimate = top(objective, theta, generator())
+        result |= {"hessian_top": estimate.value, "hessian_top_error": estimate.error}
+        if line and sharpest is not None:
+            t = torch.linspace(-2 * delta, 2 * delta, line, dtype=torch.float64)
+            with torch.no_grad():
+                result |= {"line_t": t.tolist(), "line_loss": objective.along(theta, sharpest, t).tolist()}
         tick()
     return result
 
 
 PARTS = 5
 """How often :func:`before_and_after` ticks."""
-
-
-def _line(along: Callable[..., Tensor], theta: Params, v: Params | None, delta: float, n: int) -> dict[str, Any]:
-    t = torch.linspace(-2 * delta, 2 * delta, n, dtype=torch.float64)
-    assert v is not None
-    with torch.no_grad():
-        return {"line_t": t.tolist(), "line_loss": along(theta, v, t).tolist()}
 
 
 def options_for(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -134,9 +137,13 @@ def measure_all(
     precision: str = "float64",
     exact: bool = False,
     seed: int = 0,
-    on_measure: Callable[[str], Any] = lambda name: None,
+    on_start: Callable[[int], None] = lambda total: None,
+    on_measure: Callable[[str], None] = lambda name: None,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
     """The named measures of a network on its training data: value, stderr, error, upper, seconds and on what.
+
+    ``on_start`` is told about how many evaluations there will be, ``advance`` of each, ``on_measure`` the name begun.
 
     Raises:
         InputError: bad options, a network that does not take the data.
@@ -156,8 +163,11 @@ def measure_all(
                          f"{len(data.classes)} classes ({str(error).splitlines()[0][:100]})") from error
     built = {name: measures.build_measure(name, groups, **chosen) for name, chosen in options.items()}
     results: dict[str, Any] = {}
+    on_start(sum(measure.cost() for measure in built.values()))
+    objective.on_evaluation = advance
     with exact_norms(module) if exact else nullcontext():
         for name, measure in built.items():
+            on_measure(name)
             started = time.perf_counter()
             estimate = measure(objective, theta, P.seeded(seed, P.first(theta).device))
             results[name] = {
@@ -167,5 +177,5 @@ def measure_all(
                 "evaluations": estimate.evaluations,
                 "options": {**measures.MEASURES[name].options(), **options[name]},
             }
-            on_measure(name)
+            advance(max(0, measure.cost() - sum(estimate.evaluations.values())))
     return results

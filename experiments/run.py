@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bnsharp.experiments.config import RunConfig
 from torch import Tensor, nn
 
 import bnsharp
@@ -17,12 +16,15 @@ from bnsharp import schedules
 from bnsharp.algorithms import Algorithm, algorithm, find
 from bnsharp.checkpoint import SUMMARY, RunFolder
 from bnsharp.checkpoint import load as load_checkpoint
+from bnsharp.checks import flag, unknown
 from bnsharp.data import ImageData, epoch_indices, load
+from bnsharp.errors import InputError
+from bnsharp.experiments.config import DATA_OPTIONS, RunConfig
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.models import build
-from bnsharp.objective import Objective
+from bnsharp.objective import Objective, TrainingObjective
+from bnsharp.params import parameters
 from bnsharp.trainer import Result, Trainer, evaluate
-from bnsharp.types import InputError
 
 criterion = nn.functional.cross_entropy
 MAY_DIFFER = ("versions", "threads")
@@ -65,10 +67,13 @@ def device_of(config: RunConfig) -> torch.device:
 def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> ImageData:
     """The configuration's data on its device."""
     options = dict(config.data_options)
-    unknown = set(options) - {"label_noise", "train_size", "augment", "image_size", "root", "download"}
-    if unknown:
-        raise InputError(f"unknown data option {sorted(unknown)[0]!r}; expected label_noise, train_size, augment, "
-                         "image_size, root or download")
+    for key in options:
+        if key not in DATA_OPTIONS:
+            raise unknown("data option", key, DATA_OPTIONS)
+    for key in ("augment", "download"):
+        flag(key, options.get(key, False))
+    if not isinstance(options.get("root", ""), str):
+        raise InputError(f"root={options['root']!r}; expected a folder")
     return load(config.data, seed=config.split_seed, progress=progress, **options).to(device_of(config))
 
 
@@ -81,11 +86,30 @@ def prepare(config: RunConfig, data: ImageData | None = None,
             progress: Callable[[int, int], None] | None = None) -> Prepared:
     """Build everything; bad names and options are told before anything is written."""
     find(config.algorithm)
+    if "seed" in config.model_options:
+        raise InputError(f"model_options.seed={config.model_options['seed']!r}; expected the run's own: set seed")
     data = load_data(config, progress) if data is None else data
     module = build(config.model, data.input_shape, len(data.classes), seed=config.seed, **config.model_options)
     module.to(device_of(config))
     groups = scale_groups(module, probe_batch(data))
-    return Prepared(config, data, module, groups, algorithm(config.algorithm, groups, **config.algorithm_options))
+    prepared = Prepared(config, data, module, groups, algorithm(config.algorithm, groups, **config.algorithm_options))
+    _try_batch(prepared)
+    return prepared
+
+
+def _try_batch(prepared: Prepared) -> None:
+    """Evaluate the loss on one batch of the run's size, so that a batch that cannot work is told before anything else."""
+    config, data = prepared.config, prepared.data
+    n = len(data.train_labels)
+    if config.batch_size > n:
+        raise InputError(f"batch_size={config.batch_size}; expected at most {n}, the number of training examples")
+    was_training = prepared.module.training
+    objective = TrainingObjective(
+        prepared.module.train(), criterion, data.train_set(config.batch_size), update_statistics=False
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        objective(parameters(prepared.module))
+    prepared.module.train(was_training)
 
 
 def _optimizer(config: RunConfig) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
@@ -180,11 +204,12 @@ def train(
         InputError: bad configuration, or a folder that holds a run already; nothing is written then.
         DivergedError: see :class:`bnsharp.trainer.Trainer`.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    existing = RunFolder(Path(out))
-    if existing.exists() and not (resume or overwrite):
-        RunFolder.create(out, {})  # raises before any work is done
+    threads = config.threads
+    if threads is None and resume and RunFolder(Path(out)).exists():
+        threads = RunFolder(Path(out)).config().get("threads")  # the same bytes as without the interruption
+    if threads is not None:
+        torch.set_num_threads(threads)
+    RunFolder(Path(out)).check_free(overwrite=overwrite or resume)
     prepared = prepare(config, data, progress)
     run = trainer(prepared, resume=resume, on_step=on_step, on_epoch=on_epoch)
     stored = stored_config(prepared)
@@ -221,9 +246,11 @@ def read_run(path: str | Path, checkpoint: Path | None = None) -> tuple[RunConfi
     return config, module.to(device_of(config)), data
 
 
-def load_state(module: nn.Module, state: dict[str, Any], where: str) -> None:
+def load_state(module: nn.Module, state: Any, where: str) -> None:
     """Load a state dictionary, or say which keys do not fit."""
     own = module.state_dict()
+    if not isinstance(state, dict):
+        raise InputError(f"{where} holds a {type(state).__name__}; expected a dictionary of the network's tensors")
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [k for k in own if k in state and getattr(state[k], "shape", None) != own[k].shape]
     for label, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", wrong)):

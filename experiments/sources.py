@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bnsharp.experiments.config import RunConfig
-from bnsharp.experiments.run import load_data, load_state, read_run
 from torch import nn
 
 from bnsharp.checkpoint import CONFIG, load
 from bnsharp.checks import suggest
 from bnsharp.data import ImageData
+from bnsharp.errors import InputError
+from bnsharp.experiments.config import make_config
+from bnsharp.experiments.run import load_data, load_state, read_run
 from bnsharp.models import build
-from bnsharp.types import InputError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _data(source: str, data: str | None, options: dict[str, Any] | None, seed: i
           progress: Callable[[int, int], None] | None) -> ImageData:
     if data is None:
         raise InputError(f"{source!r} says nothing of its data; expected --data NAME or --data FOLDER")
-    return load_data(RunConfig(data=data, data_options=options or {}, seed=seed), progress)
+    return load_data(make_config({"data": data, "data_options": options or {}, "seed": seed}), progress)
 
 
 def _torchvision(name: str, seed: int) -> nn.Module:

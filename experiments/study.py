@@ -52,11 +52,11 @@ def run_task(task: Task, tick: Callable[[int], None] = lambda n: None) -> dict[s
     ``tick(n)`` is called as n more units are done, :func:`units` in all.
     """
     import torch
+
+    from bnsharp.checkpoint import METRICS, SUMMARY, TIMING, RunFolder
     from bnsharp.experiments.config import RunConfig
     from bnsharp.experiments.measuring import before_and_after
     from bnsharp.experiments.run import train
-
-    from bnsharp.checkpoint import METRICS, SUMMARY, TIMING, RunFolder
 
     torch.set_num_threads(1)
     folder = RunFolder(Path(task.folder))

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import oracles
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import oracles
 from bnsharp import Objective, ScaleGroups
 from bnsharp import params as P
 from bnsharp.modes import NEGLIGIBLE_EPS

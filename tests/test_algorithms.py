@@ -12,8 +12,8 @@ from helpers import bn_mlp, cross_entropy, examples, one_line
 from bnsharp import Objective, parameters, scale_groups
 from bnsharp import params as P
 from bnsharp.algorithms import FAMILIES, algorithm, find, options_of
+from bnsharp.errors import InputError
 from bnsharp.regularizers import Penalty, Plain
-from bnsharp.types import InputError
 
 NET = bn_mlp()
 X, Y = examples(8)

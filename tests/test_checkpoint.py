@@ -27,7 +27,7 @@ from bnsharp.checkpoint import (
     to_json,
     write_atomic,
 )
-from bnsharp.types import InputError
+from bnsharp.errors import InputError
 
 PAYLOAD = {"epoch": 3, "module": {"w": torch.arange(6.0).reshape(2, 3)}, "name": "x", "nested": [1, 2.5, None]}
 

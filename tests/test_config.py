@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnsharp.algorithms import FAMILIES, options_of
+from bnsharp.errors import InputError
 from bnsharp.experiments.config import RunConfig, make_config, parse_setting
 from bnsharp.models import MODELS
-from bnsharp.types import InputError
 
 
 @pytest.mark.parametrize(("text", "expected"), [

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from bnsharp.data import DATASETS, Augmentation, ImageData, endless_indices, epoch_indices, load, stratified_order
-from bnsharp.types import InputError
+from bnsharp.errors import InputError
 
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels", "mean", "std")
 

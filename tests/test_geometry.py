@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import oracles
 import pytest
 import torch
 from torch import Tensor
 
-import oracles
 from bnsharp import Group, ScaleGroups, laws
 from bnsharp import params as P
+from bnsharp.errors import InputError
 from bnsharp.geometry import Elementwise, Euclidean, Geometry, Groupwise
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 GROUPS = ScaleGroups(
     [

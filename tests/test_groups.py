@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bnsharp.params as P
+from bnsharp.errors import InputError
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.modes import exact_norms, measuring
 from bnsharp.partition import Group
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 
 class HomeMade(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from bnsharp.errors import InputError
 from bnsharp.models import ACTIVATIONS, MODELS, build
-from bnsharp.types import InputError
 
 CASES = [
     ("bn-mlp", (1, 8, 8), {}),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bnsharp.errors import InputError
 from bnsharp.modes import exact_norms, frozen_statistics, math_attention, measuring, untouched
-from bnsharp.types import InputError
 
 
 class HomeMade(nn.Module):

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bnsharp import Engine, Objective, parameters
 from bnsharp import params as P
+from bnsharp.errors import InputError
 from bnsharp.evaluation import FunctionObjective, as_objective
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 ENGINES = [Engine("loop"), Engine("vmap", 1), Engine("vmap", 3), Engine("vmap", 64)]
 NETWORKS = {"mlp": (bn_mlp, (5,)), "conv": (bn_conv, (2, 4, 4))}

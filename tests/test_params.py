@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bnsharp import parameters
 from bnsharp import params as P
-from bnsharp.types import InputError, Params
+from bnsharp.errors import InputError
+from bnsharp.types import Params
 
 seeds = st.integers(0, 2**16)
 

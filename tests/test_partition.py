@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.errors import InputError
 from bnsharp.partition import Group, Partition
-from bnsharp.types import InputError, Params
+from bnsharp.types import Params
 
 SHAPES = {"conv": (6, 2, 2), "gamma": (6,), "beta": (6,), "scale": (), "row": (1, 3), "free": (2, 2)}
 PARTITIONS = {

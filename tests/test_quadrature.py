@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import oracles
+from bnsharp.errors import InputError
 from bnsharp.laws import Uniform
 from bnsharp.quadrature import gauss_legendre, line_points, panel_rules, power_norm
-from bnsharp.types import InputError
 
 Function = Callable[[np.ndarray], np.ndarray]
 

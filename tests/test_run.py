@@ -13,12 +13,12 @@ from helpers import assert_same, cross_entropy, one_line, read_lines, tree
 
 from bnsharp import Objective, parameters
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, load
+from bnsharp.errors import DivergedError, InputError
 from bnsharp.experiments.config import RunConfig, make_config
 from bnsharp.experiments.measuring import measure_all, options_for
 from bnsharp.experiments.run import criterion, load_state, objective_of, prepare, read_run, train
 from bnsharp.experiments.sources import open_source
 from bnsharp.trainer import evaluate
-from bnsharp.types import DivergedError, InputError
 
 SMALL: dict[str, Any] = {
     "epochs": 3, "batch_size": 32, "data_options": {"train_size": 96}, "model_options": {"width": 8, "depth": 1},

@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
+import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import Problem, problem, problems
 from torch import Tensor
 
-import oracles
-import strategies
 from bnsharp import Engine, ScaleGroups, exact_norms, laws, scale_groups
 from bnsharp import params as P
 from bnsharp.directions import Ascend, Given
@@ -33,7 +34,6 @@ from bnsharp.profiles import Curvature, Line
 from bnsharp.reduce import Maximum, PowerMean
 from bnsharp.regularizers import Penalty
 from bnsharp.types import Params
-from strategies import Problem, problem, problems
 
 RULES = ("riemannian", "power", "alternate")
 
@@ -65,11 +65,11 @@ def radial(r: Tensor, p: Problem) -> float:
 @given(problems())
 def test_problems_know_their_groups(p: Problem) -> None:
     """Groups by construction, by behaviour and by hand agree; so do both ways to the loss."""
-    assert scale_groups(p.module, p.x) == p.groups.resolve(p.params)
+    assert set(scale_groups(p.module, p.x)) == set(p.groups.resolve(p.params))
     assert p.objective()(p.params).item() == pytest.approx(p.loss(p.params).item(), rel=1e-12)
     norms = oracles.group_norms(oracles.flatten(p.params), row_index(p))
-    ours = p.groups.resolve(p.params).partition.norms(p.params)
-    assert torch.cat(ours).tolist() == pytest.approx(norms)
+    ours = p.groups.norms(p.params)
+    assert torch.cat([ours[name].reshape(-1) for name in p.rows]).tolist() == pytest.approx(norms)
 
 
 @given(strategies.scaled_problems(activations=("tanh", "relu")))
@@ -135,13 +135,15 @@ def test_t1_a_fixed_radius_is_not_invariant(kind: str) -> None:
 def test_t2_invariance(
     case: tuple[Problem, dict[str, Tensor]], exponent: float, delta: float, rule: str, steps: int, restarts: int, rest: str
 ) -> None:
-    """``S(T_a θ) = S(θ)``, and the maximiser is ``T_a v``."""
+    """``S(T_a θ) = S(θ)``, and the maximiser is ``T_a v`` (or its mirror image: v and −v have the same S)."""
     p, a = case
     measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, restarts=restarts, rule=rule, rest=rest, nodes=4)
     one, two = (measure(p.objective(), x) for x in (p.params, oracles.rescale(p.params, p.rows, a)))
     assert two.value == pytest.approx(one.value, rel=1e-8)
-    expected = oracles.flatten(oracles.rescale(one.direction, p.rows, a))
-    torch.testing.assert_close(oracles.flatten(two.direction), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    expected, got = oracles.flatten(oracles.rescale(one.direction, p.rows, a)), oracles.flatten(two.direction)
+    if restarts and float(expected @ got) < 0:
+        got = -got
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
@@ -416,7 +418,7 @@ def test_first_order_limit(p: Problem, exponent: float, steps: int, rule: str) -
     for delta in (4e-4, 1e-4):
         found = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, rule=rule, nodes=5)(p.objective(), p.params)
         errors.append(abs(found.value / delta / expected - 1))
-    assert errors[1] < 0.02 and errors[1] < 0.6 * errors[0] + 1e-5
+    assert errors[1] < 0.02 and errors[1] < 0.6 * errors[0] + 1e-4  # the quadrature's error
     v = steepest_v(p)
     assert float(oracles.flatten(found.direction) @ v / v.norm() ** 2) > 0.99
 

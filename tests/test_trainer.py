@@ -28,10 +28,11 @@ from bnsharp import Trainer, parameters, scale_groups
 from bnsharp import params as P
 from bnsharp.algorithms import algorithm
 from bnsharp.checkpoint import CHECKPOINT, METRICS, TIMING, RunFolder, load
+from bnsharp.errors import DivergedError, InputError
 from bnsharp.regularizers import Plain
 from bnsharp.schedules import constant, cosine, multistep
 from bnsharp.trainer import accuracy, evaluate
-from bnsharp.types import DivergedError, InputError, Params, Step
+from bnsharp.types import Params, Step
 
 N, BATCH, EPOCHS = 24, 6, 4
 STEPS = N // BATCH
