@@ -21,8 +21,8 @@ from torch import Tensor
 from bnsharp.checks import whole
 
 
-VISIBLE = 1e-4
-"""A change of sign matters where f rises above this fraction of ``max|f|`` on both sides."""
+VISIBLE = 1e-3
+"""A change of sign matters where f exceeds this fraction of ``max|f|`` on both sides: less adds under 1e-6 to S."""
 
 
 class SegmentLaw(Protocol):
@@ -52,9 +52,13 @@ class Rule:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """``[2, m]``: the slope at 0 and the value at 1 of the polynomial through (0, 0) and ``(x_j, f_j)``."""
+        """``[2, m]``: near 0 and at 1, what the polynomial through (0, 0) and ``(x_j, f_j)`` shows of its sign.
+
+        Near 0 that is its slope times 0.05: a change of sign at z adds ``O(slope·z²)`` only.
+        """
         tiny = 1e-6
-        return np.stack([self.interpolation(np.array([tiny]))[0] / tiny, self.interpolation(np.array([1.0]))[0]])
+        slope = self.interpolation(np.array([tiny]))[0] / tiny
+        return np.stack([0.05 * slope, self.interpolation(np.array([1.0]))[0]])
 
     def interpolation(self, z: np.ndarray) -> np.ndarray:
         """``B [len(z), m]``: values at z of the polynomial through (0, 0) and ``(x_j, f_j)``."""
