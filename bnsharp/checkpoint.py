@@ -154,11 +154,9 @@ class RunFolder:
         write_atomic(self.path / name, (to_json(value, indent=2) + "\n").encode())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Append one record to a JSON-lines file."""
+        """Append one record to a JSON-lines file; :meth:`save` makes it last through a crash of the machine."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """The records of a JSON-lines file; an unfinished last line is left out."""
@@ -176,7 +174,11 @@ class RunFolder:
             write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
 
     def save(self, payload: dict[str, Any]) -> None:
-        """Replace the checkpoint."""
+        """Replace the checkpoint, once the records that it stands for are on disk."""
+        for path in (self.path / METRICS, self.path / TIMING):
+            if path.exists():
+                with open(path, "ab") as file:
+                    os.fsync(file.fileno())
         save(self.path / CHECKPOINT, payload)
 
     def load(self) -> dict[str, Any] | None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bnsharp.checks import whole
 
-
 VISIBLE = 1e-3
 """A change of sign matters where f exceeds this fraction of ``max|f|`` on both sides: less adds under 1e-6 to S."""
 

@@ -110,6 +110,7 @@ class Trainer:
         evaluations: name -> ``module -> {metric: value}``, run after each epoch; recorded as ``name_metric``.
         seed: of the order of batches, augmentation, random directions and random layers.
         folder: where metrics and checkpoints go; None keeps everything in memory.
+        checkpoint_every: epochs from one checkpoint to the next; the last epoch always has one.
         resume: continue from the folder's checkpoint.
         engine: how several perturbed points of one step are evaluated; one engine for the whole run.
         on_step: called with ``(epoch, step)`` after each step, for progress displays.
@@ -135,6 +136,7 @@ class Trainer:
         evaluations: Mapping[str, Evaluation] | None = None,
         seed: int = 0,
         folder: RunFolder | None = None,
+        checkpoint_every: int = 1,
         resume: bool = False,
         engine: Engine | str = "loop",
         on_step: Callable[[int, int], None] | None = None,
@@ -154,6 +156,7 @@ class Trainer:
         self.scheduler: LRScheduler = (schedule or constant())(self.optimizer)
         self.evaluations = dict(evaluations or {})
         self.seed, self.folder, self.resume = seed, folder, resume
+        self.checkpoint_every = whole("checkpoint_every", checkpoint_every)
         self.engine = Engine(engine) if isinstance(engine, str) else engine
         self.on_step, self.on_epoch = on_step, on_epoch
 
@@ -170,6 +173,7 @@ class Trainer:
         }
         self._state: State = self.regularizer(0).init(self.params)
         self._count = {"steps": 0, "gradients": 0}
+        self._kept = 0
         history: list[dict[str, Any]] = []
         if self.resume:
             history = self._restore()
@@ -204,7 +208,7 @@ class Trainer:
                 raise DivergedError(
                     f"loss {float(step.loss):.4g}, penalty {float(step.penalty):.4g} at epoch {epoch + 1}, step "
                     f"{index + 1}; expected finite values: lower the learning rate or the perturbation"
-                    + (f"; the checkpoint of epoch {epoch} is kept" if self.folder and epoch else "")
+                    + (f"; the checkpoint of epoch {self._kept} is kept" if self._kept else "")
                 )
             self.optimizer.step()
             self.scheduler.step()
@@ -231,7 +235,9 @@ class Trainer:
         if self.folder is not None:
             self.folder.append(METRICS, record)
             self.folder.append(TIMING, timing)
-            self.folder.save(self.checkpoint(record["epoch"]))
+            if record["epoch"] % self.checkpoint_every == 0 or record["epoch"] == self.epochs:
+                self.folder.save(self.checkpoint(record["epoch"]))
+                self._kept = record["epoch"]
         if self.on_epoch is not None:
             self.on_epoch(record)
 
@@ -262,6 +268,7 @@ class Trainer:
         for name, state in stored["generators"].items():
             self._generators[name].set_state(state)
         torch.set_rng_state(stored["random"])
+        self._kept = stored["epoch"]
         self.folder.keep(METRICS, stored["epoch"])
         self.folder.keep(TIMING, stored["epoch"])
         return self.folder.records(METRICS)

@@ -27,7 +27,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "SGDS-0": ("sgds-0", {"delta": 0.08}, 2),
     "SGDS-5": ("sgds-5", {"delta": 0.08}, 7),
 }
-MEASURING: dict[str, Any] = {"delta": 0.05, "steps": 5, "sigma": 0.02, "line": 41}
+MEASURING: dict[str, Any] = {"delta": 0.05, "steps": 3, "sigma": 0.02, "draws": 50, "line": 41}
 EPOCHS, BATCH, TRAIN = 100, 64, 800
 
 
@@ -41,6 +41,7 @@ def tasks(out: Path, seeds: int = 5, epochs: int = EPOCHS) -> list[Task]:
                 config = {
                     "data": "digits", "data_options": data_options, "model": "bn-mlp", "algorithm": algorithm,
                     "algorithm_options": options, "epochs": epochs, "batch_size": BATCH, "seed": seed,
+                    "checkpoint_every": 20,
                 }
                 folder = out / "runs" / f"noise{noise}-{algorithm}-{seed}"
                 made.append(Task(setting, label, config, str(folder), MEASURING, epochs * (TRAIN // BATCH), cost))

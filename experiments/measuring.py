@@ -50,6 +50,7 @@ def before_and_after(
     delta: float,
     steps: int,
     sigma: float,
+    draws: int = 100,
     seed: int = 0,
     line: int = 0,
     tick: Callable[[], None] = lambda: None,
@@ -60,7 +61,7 @@ def before_and_after(
     that the rescaled network is the same function).
 
     Args:
-        delta, steps: of BN-Sharpness. sigma: of the Gaussian. seed: of rescaling, draws and Lanczos.
+        delta, steps: of BN-Sharpness. sigma, draws: of the Gaussian. seed: of rescaling, draws and Lanczos.
         line: points of the loss along ``θ + t v``, ``|t| ≤ 2δ``, v the sharpest direction; 0 leaves it out.
         tick: called after each part.
     """
@@ -69,7 +70,7 @@ def before_and_after(
     other = Rescaling(seed=seed)(groups, theta)
     compared = {
         "bn_sharpness": measures.bn_sharpness(groups, delta=delta, steps=steps),
-        "gaussian": measures.gaussian(sigma=sigma),
+        "gaussian": measures.gaussian(sigma=sigma, draws=draws),
     }
     top = measures.hessian_top()
     generator = functools.partial(P.seeded, seed, P.first(theta).device)

@@ -98,7 +98,7 @@ def prepare(config: RunConfig, data: ImageData | None = None,
 
 
 def _try_batch(prepared: Prepared) -> None:
-    """Evaluate the loss on one batch of the run's size, so that a batch that cannot work is told before anything else."""
+    """Evaluate the loss on one batch of the run's size: one that cannot work is told before anything is written."""
     config, data = prepared.config, prepared.data
     n = len(data.train_labels)
     if config.batch_size > n:
@@ -169,7 +169,8 @@ def trainer(
         schedule=_schedule(config, steps_per_epoch(prepared)),
         epochs=config.epochs,
         evaluations={"test": lambda module: evaluate(module, criterion, batches(*test))},
-        seed=config.seed, folder=folder, resume=resume, engine=config.engine, on_step=on_step, on_epoch=on_epoch,
+        seed=config.seed, folder=folder, checkpoint_every=config.checkpoint_every, resume=resume,
+        engine=config.engine, on_step=on_step, on_epoch=on_epoch,
     )
 
 

@@ -149,16 +149,12 @@ def test_steepest_attains_the_maximum_over_the_ball(case: Case) -> None:
     params, frame = point(), case.geometry.at(point())
     for seed in range(5):
         g = frame.pull(random(seed))
-        u = frame.steepest(g, no_fill) if "groupwise" not in _name(case) else frame.steepest(g, lambda: random(99))
+        u = frame.steepest(g, no_fill)
         best = P.dot(g, u).item()
         flat = oracles.flatten(g)
         exact = flat.abs().sum() if case.groups is None else sum(flat[i].norm() for i in case.groups(params))
         assert best == pytest.approx(float(exact))
         assert all(P.dot(g, inside(case, params, k)).item() <= best + 1e-12 for k in range(200))
-
-
-def _name(case: Case) -> str:
-    return next(name for name, value in CASES.items() if value is case)
 
 
 def test_retract_lands_on_the_ball(case: Case) -> None:
@@ -171,7 +167,8 @@ def test_retract_lands_on_the_ball(case: Case) -> None:
     else:
         for positions in case.groups(params):
             assert float(u[positions].norm()) == pytest.approx(1)
-            torch.testing.assert_close(u[positions], oracles.flatten(moved)[positions] / oracles.flatten(moved)[positions].norm())
+            part = oracles.flatten(moved)[positions]
+            torch.testing.assert_close(u[positions], part / part.norm())
 
 
 def test_retract_keeps_what_is_on_the_ball(case: Case) -> None:
@@ -195,9 +192,7 @@ def test_tangent_is_the_first_order_of_retract(case: Case) -> None:
     else:
         inert[:] = False
     torch.testing.assert_close(oracles.flatten(step)[~inert], oracles.flatten(move)[~inert], atol=1e-5, rtol=1e-5)
-    assert torch.equal(
-        oracles.flatten(ball.tangent(u, move))[~inert].sign(), oracles.flatten(move)[~inert].sign()
-    ) or case.groups is not None
+    torch.testing.assert_close(oracles.flatten(ball.tangent(u, move))[~inert], oracles.flatten(move)[~inert])
 
 
 def test_power_is_the_steepest(case: Case) -> None:

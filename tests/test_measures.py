@@ -135,8 +135,8 @@ def test_entropy_kernel(beta: float) -> None:
         (lambda: lebesgue_ball(delta=0.5, draws=40), lambda q: 0.5 * 0.25 / 22 * q.matrix.trace()),
         (lambda: hessian_trace(draws=40), lambda q: q.matrix.trace()),
         (
-            lambda: Measure(Euclidean(0.1), Draw(laws.Sphere(), 40), Rise(is_absolute=True), PowerMean(2.0)),
-            lambda q: (0.01 * q.gradient @ q.gradient / 20) ** 0.5,
+            lambda: Measure(Euclidean(1e-4), Draw(laws.Sphere(), 40), Rise(is_absolute=True), PowerMean(2.0)),
+            lambda q: 1e-4 * (q.gradient @ q.gradient / 20) ** 0.5,
         ),
     ],
     ids=["gaussian", "ball", "trace", "L2 of a nearly linear rise"],
@@ -145,8 +145,6 @@ def test_standard_errors_are_honest(build: Callable[[], Measure], exact: Callabl
     """Within 2 standard errors in 94.7% of seeds (Student, 39 degrees of freedom): of 200 seeds, 5 deviations of a
     binomial leave 87% to 100%."""
     q = Quadratic(20)
-    if exact(q) != exact(q) or "Sphere" in repr(build()):
-        q.matrix = 1e-6 * q.matrix
     truth = float(exact(q))
     found = [build()(q, q.params, seeded(seed)) for seed in range(200)]
     inside = sum(abs(f.value - truth) <= 2 * f.stderr for f in found) / 200
@@ -204,19 +202,19 @@ def test_lanczos_on_degenerate_matrices(case: str) -> None:
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 8.0])
 @pytest.mark.parametrize("delta", [0.01, 1.0])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_bn_sharpness_of_two_coordinates(seed: int, delta: float, p: float) -> None:
     """One group of two coordinates: the maximum over Φ is a maximum over one angle."""
     q = Quadratic(2, seed=seed)
     params = P.make({"w": q.theta})
-    angles = np.linspace(0, np.pi, 721)  # v and −v are equal for |f|
+    angles = np.linspace(0, np.pi, 241)  # v and −v are equal for |f|
     values = []
     for angle in angles:
         v = q.theta.norm() * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
         a, c = float(q.gradient @ v), float(v @ q.matrix @ v)
-        values.append(oracles.line_norm(lambda t, a=a, c=c: a * t + 0.5 * c * t**2, delta, p, panels=4))
+        values.append(oracles.line_norm(lambda t, a=a, c=c: a * t + 0.5 * c * t**2, delta, p, panels=2))
     found = bn_sharpness(ScaleGroups({"w": "tensor"}), delta=delta, p=p, steps=30, restarts=4)(q, params)
-    assert found.value == pytest.approx(max(values), rel=2e-4)
+    assert found.value == pytest.approx(max(values), rel=5e-4)
     assert found.error >= 0 and found.stderr == 0
 
 

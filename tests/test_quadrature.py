@@ -123,6 +123,14 @@ def test_zero_has_value_and_gradient_zero(p: float) -> None:
     assert torch.equal(gradient, torch.zeros_like(f))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 64.0])
+def test_a_non_finite_loss_stays_non_finite(p: float, value: float) -> None:
+    f = torch.ones(1, 16, dtype=torch.float64)
+    for bad in (f * value, torch.where(torch.arange(16) == 3, f * value, f)):
+        assert not power_norm(bad, Uniform(0.1), p, 8)[0].isfinite().any()
+
+
 @pytest.mark.parametrize("p", [8.0, 16.0, 64.0])
 @pytest.mark.parametrize("size", [1e-3, 1e-30, 1e30])
 def test_no_underflow_in_float32(p: float, size: float) -> None:
