@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnsharp.checks import flag, positive, suggest
+from bnsharp.directions import Ascend
 from bnsharp.errors import InputError
-from bnsharp.geometry import Groups
-from bnsharp.measures import bn_sharpness
+from bnsharp.geometry import Groups, Groupwise
+from bnsharp.laws import Uniform
+from bnsharp.measures import Measure
+from bnsharp.profiles import Line
+from bnsharp.reduce import Maximum
 from bnsharp.regularizers import Penalty, Plain, Regularizer, check_weight, sam
 
 
@@ -83,9 +87,9 @@ def sgds(
         positive(label, growth)
 
     def regularizer(epoch: int) -> Penalty:
-        measure = bn_sharpness(
-            groups, delta=delta * delta_growth**epoch, p=p, steps=steps, rest=rest, rule=rule,
-            coordinates=coordinates, nodes=nodes,
+        measure = Measure(
+            Groupwise(groups, rest=rest), Ascend(steps, rule=rule, coordinates=coordinates),
+            Line(Uniform(delta * delta_growth**epoch), p, nodes), Maximum(),
         )
         return Penalty(measure, gradient=gradient, clip=clip)
 

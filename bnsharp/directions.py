@@ -8,14 +8,14 @@ that training pays for nothing twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.checks import one_of, positive, whole
+from bnsharp.checks import at_least, one_of, positive, whole
 from bnsharp.geometry import Frame
 from bnsharp.laws import Law, Sphere
 from bnsharp.types import Found, Params, Scored
@@ -85,6 +85,10 @@ class Climb:
     power: Tensor  # [n] bool: the next step is a power step
     moved: Tensor  # [n] bool: the best point has changed since a power step from it failed
 
+    def select(self, indices: Tensor) -> Climb:
+        """The searches of these indices."""
+        return Climb(*(P.take(getattr(self, f.name), indices) for f in fields(self)))
+
 
 Rule = Callable[["Ascend", Climb, Frame], Params]
 
@@ -94,7 +98,8 @@ class Ascend:
     """Search for the sharpest direction on the sphere of the geometry's ball, keeping the best one seen.
 
     Start: ``argmax_u ⟨∂L/∂u, u⟩`` ("steepest", Yi et al. 2019, eq. 6), random for groups whose gradient is negligible;
-    ``restarts`` more starts are uniform on the sphere. Then ``steps`` steps by ``rule``:
+    ``restarts`` more starts are uniform on the sphere. After ``screen`` steps only the ``keep`` best go on: near a
+    minimum the steepest start alone often ends in a poor local maximum. Steps by ``rule``:
 
     - ``"riemannian"`` (eq. 12-14, 17): ``u_i ← (u_i + η√K g_i/‖g‖)/‖·‖``, g the tangent gradient, η halved when the
       score falls;
@@ -102,8 +107,9 @@ class Ascend:
     - ``"alternate"``: from the best point, power steps while they raise the score, then Riemannian steps while they do,
       and so on: neither rule alone is enough on every landscape.
 
-    Every step costs one score. ``coordinates="ambient"`` takes the paper's literal step on v with one scalar step size,
-    which is not equivariant under ``T_a``; ``"unit"`` is.
+    Every step costs one score per start. With ``tolerance`` > 0 the search ends early, once five steps together have
+    raised the best score by less than this fraction. ``coordinates="ambient"`` takes the paper's literal step on v with
+    one scalar step size, which is not equivariant under ``T_a``; ``"unit"`` is.
 
     Raises:
         InputError: negative steps or restarts, an unknown rule or coordinates, a rate that is not in (0, ∞).
@@ -114,16 +120,23 @@ class Ascend:
     rule: str = "alternate"
     rate: float = 0.5
     coordinates: str = "unit"
+    screen: int = 3
+    keep: int = 2
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 0)
         whole("restarts", self.restarts, 0)
+        whole("screen", self.screen, 1)
+        whole("keep", self.keep, 1)
+        at_least("tolerance", self.tolerance, 0)
         one_of("rule", self.rule, RULES)
         one_of("coordinates", self.coordinates, ("unit", "ambient"))
         positive("rate", self.rate)
 
     def cost(self) -> int:
-        return (self.steps + 1) * (self.restarts + 1)
+        starts, screened = self.restarts + 1, min(self.steps, self.screen)
+        return starts * (screened + 1) + min(starts, self.keep) * (self.steps - screened)
 
     def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Params:
         """The steepest start and the random ones: a batch ``[1 + restarts]``."""
@@ -144,11 +157,21 @@ class Ascend:
         n = len(scored.value)
         climb = Climb(u, scored, u, scored, scored.value.new_full((n,), self.rate),
                       *(torch.ones(n, dtype=torch.bool, device=scored.value.device) for _ in range(2)))
+        history = [float(climb.best_scored.value.max())]
         for step in range(self.steps):
+            if step == self.screen and n > self.keep:
+                climb = climb.select(climb.best_scored.value.topk(self.keep).indices)
             candidate = RULES[self.rule](self, climb, frame)
             scored = score(candidate, last=step == self.steps - 1)
             climb = self._advance(climb, candidate, scored)
+            history.append(float(climb.best_scored.value.max()))
+            if self._settled(history):
+                break
         return Found(climb.best, climb.best_scored)
+
+    def _settled(self, history: list[float]) -> bool:
+        recent = history[self.screen :][-6:]
+        return self.tolerance > 0 and len(recent) == 6 and recent[-1] - recent[0] <= self.tolerance * abs(recent[-1])
 
     def walk(self, at: Climb, frame: Frame) -> Params:
         """A Riemannian step from the best point."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -125,6 +126,17 @@ def shift(params: Params, v: Params, t: Tensor | float = 1.0) -> Params:
 def scaled(params: Params, factor: Tensor | float) -> Params:
     """``c θ``."""
     return pmap(lambda p: factor * p, params)
+
+
+def take(x: Any, indices: Tensor) -> Any:
+    """Items of batches ``[n]``: tensors, dictionaries of them, or dataclasses that hold both."""
+    if isinstance(x, Tensor):
+        return x[indices]
+    if isinstance(x, TensorDict):
+        return make({k: take(v, indices) for k, v in x.items()}, (len(indices),))
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: take(getattr(x, f.name), indices) for f in fields(x)})
+    return x
 
 
 def times(values: Tensor, x: Params) -> Params:

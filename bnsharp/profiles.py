@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from bnsharp.geometry import Frame
 from bnsharp.modes import math_attention
 from bnsharp.quadrature import SegmentLaw, check_nodes, line_points, power_norm
 from bnsharp.types import Params, Scored
+
+SEARCH_NODES = 4
+"""Quadrature nodes on each half segment while searching: S is then off by 1e-4 or so, alike for all directions."""
 
 Source = Params | Sequence[Params]
 
@@ -80,8 +83,12 @@ class Profile(ABC):
         """``(κ, δ)`` of the two-point form."""
         raise InputError(f"{type(self).__name__} has no two-point form; use gradient='exact'")
 
-    def cost(self, searched: bool) -> int:
-        """Losses, gradients or products per direction, for progress displays."""
+    def coarse(self) -> Profile:
+        """A cheaper version that ranks directions alike: what a measurement's search is scored by."""
+        return self
+
+    def cost(self) -> int:
+        """Losses or products per direction, for progress displays."""
         return 1
 
     @property
@@ -106,8 +113,8 @@ class Sampled(Profile):
     def combine(self, loss: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Values and numerical errors ``[n]`` from ``L(θ)``, repeated ``[n]``, and ``L(θ + t_k v_i) [n, K]``."""
 
-    def cost(self, searched: bool) -> int:
-        return len(self.points()) * (2 if searched else 1)
+    def cost(self) -> int:
+        return len(self.points())
 
     def _grid(self, params: Params, v: Source) -> tuple[int, list[float], P.Lazy]:
         n, t = P.count(v), self.points()
@@ -204,6 +211,10 @@ class Line(Sampled):
     @property
     def absolute(self) -> bool:
         return True
+
+    def coarse(self) -> Line:
+        """At most ``SEARCH_NODES`` nodes on each half segment."""
+        return replace(self, nodes=min(self.nodes, SEARCH_NODES))
 
     def points(self) -> list[float]:
         return line_points(self.law, self.nodes)

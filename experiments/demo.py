@@ -27,7 +27,9 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "SGDS-0": ("sgds-0", {"delta": 0.08}, 2),
     "SGDS-5": ("sgds-5", {"delta": 0.08}, 7),
 }
-MEASURING: dict[str, Any] = {"delta": 0.05, "steps": 3, "sigma": 0.02, "draws": 50, "line": 41}
+MEASURING: dict[str, Any] = {
+    "delta": 0.05, "steps": 8, "restarts": 4, "sigma": 0.02, "draws": 50, "line": 41,
+}
 EPOCHS, BATCH, TRAIN = 100, 64, 800
 
 

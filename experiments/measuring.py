@@ -49,6 +49,7 @@ def before_and_after(
     *,
     delta: float,
     steps: int,
+    restarts: int,
     sigma: float,
     draws: int = 100,
     seed: int = 0,
@@ -61,7 +62,8 @@ def before_and_after(
     that the rescaled network is the same function).
 
     Args:
-        delta, steps: of BN-Sharpness. sigma, draws: of the Gaussian. seed: of rescaling, draws and Lanczos.
+        delta, steps, restarts: of BN-Sharpness. sigma, draws: of the Gaussian.
+        seed: of the rescaling, draws, random starts and Lanczos.
         line: points of the loss along ``θ + t v``, ``|t| ≤ 2δ``, v the sharpest direction; 0 leaves it out.
         tick: called after each part.
     """
@@ -69,7 +71,7 @@ def before_and_after(
     theta = doubled(module)
     other = Rescaling(seed=seed)(groups, theta)
     compared = {
-        "bn_sharpness": measures.bn_sharpness(groups, delta=delta, steps=steps),
+        "bn_sharpness": measures.bn_sharpness(groups, delta=delta, steps=steps, restarts=restarts),
         "gaussian": measures.gaussian(sigma=sigma, draws=draws),
     }
     top = measures.hessian_top()

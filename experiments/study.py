@@ -6,8 +6,12 @@ import json
 import multiprocessing
 import os
 import queue
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +114,7 @@ def run_study(
     if workers == 1:
         return [run_task(task, advance) for task in tasks]
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    with _terminable(), context.Manager() as manager:
         ticks = manager.Queue()
         pool = ProcessPoolExecutor(workers, mp_context=context)
         try:
@@ -130,6 +134,19 @@ def run_study(
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the study like an interruption does: no worker is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _drain(ticks: Any, advance: Callable[[int], None]) -> None:
