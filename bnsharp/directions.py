@@ -7,11 +7,14 @@ that training pays for nothing twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from bnsharp import params as P
@@ -108,8 +111,9 @@ class Ascend:
       and so on: neither rule alone is enough on every landscape.
 
     Every step costs one score per start. With ``tolerance`` > 0 the search ends early, once five steps together have
-    raised the best score by less than this fraction. ``coordinates="ambient"`` takes the paper's literal step on v with
-    one scalar step size, which is not equivariant under ``T_a``; ``"unit"`` is.
+    raised the best score by less than this fraction. ``polish`` more scores go to L-BFGS on the logarithm of the score
+    of the best direction, in unconstrained coordinates ``u_i = w_i/‖w_i‖``. ``coordinates="ambient"`` takes the paper's
+    literal step on v with one scalar step size, which is not equivariant under ``T_a``; ``"unit"`` is.
 
     Raises:
         InputError: negative steps or restarts, an unknown rule or coordinates, a rate that is not in (0, ∞).
@@ -123,6 +127,7 @@ class Ascend:
     screen: int = 3
     keep: int = 2
     tolerance: float = 0.0
+    polish: int = 0
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 0)
@@ -130,13 +135,14 @@ class Ascend:
         whole("screen", self.screen, 1)
         whole("keep", self.keep, 1)
         at_least("tolerance", self.tolerance, 0)
+        whole("polish", self.polish, 0)
         one_of("rule", self.rule, RULES)
         one_of("coordinates", self.coordinates, ("unit", "ambient"))
         positive("rate", self.rate)
 
     def cost(self) -> int:
         starts, screened = self.restarts + 1, min(self.steps, self.screen)
-        return starts * (screened + 1) + min(starts, self.keep) * (self.steps - screened)
+        return starts * (screened + 1) + min(starts, self.keep) * (self.steps - screened) + self.polish
 
     def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Params:
         """The steepest start and the random ones: a batch ``[1 + restarts]``."""
@@ -162,11 +168,14 @@ class Ascend:
             if step == self.screen and n > self.keep:
                 climb = climb.select(climb.best_scored.value.topk(self.keep).indices)
             candidate = RULES[self.rule](self, climb, frame)
-            scored = score(candidate, last=step == self.steps - 1)
+            scored = score(candidate, last=step == self.steps - 1 and not self.polish)
             climb = self._advance(climb, candidate, scored)
             history.append(float(climb.best_scored.value.max()))
             if self._settled(history):
                 break
+        if self.polish:
+            climb = climb.select(climb.best_scored.value.topk(1).indices)
+            return _polish(score, frame, climb, self.polish)
         return Found(climb.best, climb.best_scored)
 
     def _settled(self, history: list[float]) -> bool:
@@ -190,6 +199,28 @@ class Ascend:
             torch.where(better, climb.power, ~climb.power & climb.moved),
             torch.where(better, ~climb.power, climb.moved & ~climb.power),
         )
+
+
+def _polish(score: SearchScore, frame: Frame, climb: Climb, evaluations: int) -> Found:
+    """L-BFGS (SciPy's) on ``−log S`` over w, ``u_i = w_i/‖w_i‖``, from the best direction; keeps the best one seen."""
+    like, best, best_scored = P.pick(climb.best, 0), climb.best, climb.best_scored
+
+    def negative_log(w: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best, best_scored
+        raw = P.batch(P.unflatten(torch.from_numpy(w), like))
+        u = frame.ball.retract(raw)
+        scored = score(u)
+        if bool(scored.value[0] > best_scored.value[0]):
+            best, best_scored = u, scored
+        value = float(scored.value[0])
+        if not value > 0:
+            return math.inf, np.zeros_like(w)
+        slope = frame.ball.back(raw, u, scored.gradient)
+        return -math.log(value), P.flatten(P.scaled(P.pick(slope, 0), -1 / value)).double().cpu().numpy()
+
+    start = P.flatten(like).double().cpu().numpy()
+    minimize(negative_log, start, jac=True, method="L-BFGS-B", options={"maxfun": evaluations, "maxiter": evaluations})
+    return Found(best, best_scored)
 
 
 def _choose(condition: Tensor, a: Scored, b: Scored) -> Scored:

@@ -133,6 +133,11 @@ class PartitionBall:
         """``u_i / ‖u_i‖``: back to the product of unit spheres."""
         return self.partition(u).normalize(u)
 
+    def back(self, raw: Params, u: Params, g: Params) -> Params:
+        """The gradient with respect to w where ``u = w_i/‖w_i‖`` and ``g = ∂/∂u``: ``(g_i − ⟨u_i, g_i⟩u_i)/‖w_i‖``."""
+        partition = self.partition(u)
+        return partition.scale(self.tangent(u, g), P.safe_reciprocal(partition.norms(raw)))
+
     def power(self, u: Params, g: Params) -> Params:
         """``g_i / ‖g_i‖``, the maximiser of the linearised score; groups without gradient keep ``u_i``."""
         partition = self.partition(u)
@@ -208,6 +213,10 @@ class BoxBall:
     def retract(self, u: Params) -> Params:
         """Clip to the box."""
         return P.pmap(lambda a: a.clamp(-1, 1), u)
+
+    def back(self, raw: Params, u: Params, g: Params) -> Params:
+        """The gradient with respect to w where u is w clipped to the box and ``g = ∂/∂u``."""
+        return P.pmap(lambda w, b: torch.where(w.abs() > 1, torch.zeros_like(b), b), raw, g)
 
     def power(self, u: Params, g: Params) -> Params:
         """``sign(g)``; coordinates without gradient keep ``u_j``."""

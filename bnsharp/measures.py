@@ -26,8 +26,8 @@ from bnsharp.profiles import Anchor, Curvature, ExactScore, Line, Profile, Rise
 from bnsharp.reduce import Maximum, Mean, PowerMean, Reduce
 from bnsharp.types import Estimate, Found, Params
 
-SETTLED = 1e-5
-"""A measurement's search ends once five steps together raise the score by less than this fraction."""
+THOROUGH: dict[str, Any] = {"steps": 30, "restarts": 8, "polish": 20, "tolerance": 1e-5}
+"""How BN-Sharpness is searched for where nothing else is said."""
 
 DEFAULT_SEED = 0
 """The seed used where no generator is given: measuring twice gives the same number."""
@@ -128,8 +128,9 @@ def bn_sharpness(
     *,
     delta: float = 1e-2,
     p: float = 2.0,
-    steps: int = 30,
-    restarts: int = 8,
+    steps: int | None = None,
+    restarts: int | None = None,
+    polish: int | None = None,
     nodes: int = 8,
     rest: str = "tensor",
     rule: str = "alternate",
@@ -144,18 +145,23 @@ def bn_sharpness(
         groups: scale groups, ``bnsharp.scale_groups(module, x)``.
         delta: half length δ of the segment, relative to the group norms; δ > 0.
         p: exponent, p ≥ 1.
-        steps, restarts, rule, coordinates: the search, see :class:`bnsharp.directions.Ascend`. The defaults reach 99%
-            of brute force on small networks, minima included; ``steps=0, restarts=0`` takes the gradient's direction
-            at the cost of one gradient and ``2·nodes`` losses.
+        steps: ascent steps from the gradient's direction and nothing else ("SGDS-n", n + 1 scores). None is a thorough
+            search, ``THOROUGH``: random starts and polishing too; it reaches 99% of brute force on small networks.
+        restarts, polish, rule, coordinates: see :class:`bnsharp.directions.Ascend`; 0 by default where steps are given.
         nodes: quadrature nodes on each half segment.
         rest: parameters in no scale group: one group per tensor (``"tensor"``) or one group (``"joint"``, the paper).
 
     Raises:
         InputError: δ ≤ 0, p < 1, negative steps, or any of them not finite.
     """
+    default: dict[str, Any] = THOROUGH if steps is None else {"restarts": 0, "polish": 0, "tolerance": 0.0}
     return Measure(
         Groupwise(groups, rest=rest),
-        Ascend(steps, restarts, rule, coordinates=coordinates, tolerance=SETTLED),
+        Ascend(
+            default["steps"] if steps is None else steps, default["restarts"] if restarts is None else restarts, rule,
+            coordinates=coordinates, tolerance=default["tolerance"],
+            polish=default["polish"] if polish is None else polish,
+        ),
         Line(Uniform(delta), p, nodes),
         Maximum(),
     )

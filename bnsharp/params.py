@@ -123,6 +123,17 @@ def shift(params: Params, v: Params, t: Tensor | float = 1.0) -> Params:
     return pmap(lambda p, d: p + t * d, params, v)
 
 
+def flatten(params: Params) -> Tensor:
+    """All coordinates of one point as a vector."""
+    return torch.cat([v.reshape(-1) for v in params.values()])
+
+
+def unflatten(vector: Tensor, like: Params) -> Params:
+    """A vector as a point in the shape, precision and place of ``like``."""
+    parts = vector.split([v.numel() for v in like.values()])
+    return make({k: p.reshape(v.shape).to(v) for (k, v), p in zip(like.items(), parts, strict=True)})
+
+
 def scaled(params: Params, factor: Tensor | float) -> Params:
     """``c θ``."""
     return pmap(lambda p: factor * p, params)

@@ -213,8 +213,8 @@ class Line(Sampled):
         return True
 
     def coarse(self) -> Line:
-        """At most ``SEARCH_NODES`` nodes on each half segment."""
-        return replace(self, nodes=min(self.nodes, SEARCH_NODES))
+        """At most ``SEARCH_NODES`` nodes on each half segment, for the powers that so few resolve (p ≤ 2)."""
+        return replace(self, nodes=min(self.nodes, SEARCH_NODES)) if self.p <= 2 else self
 
     def points(self) -> list[float]:
         return line_points(self.law, self.nodes)

@@ -166,13 +166,13 @@ def power_norm(f: Tensor, law: SegmentLaw, p: float, nodes: int) -> tuple[Tensor
     keep = _subset(full, part)
     panels = f.reshape(-1, 2, nodes)
     top = panels.detach().abs().amax((-1, -2))
-    scale = torch.where(top > 0, top, torch.ones_like(top))
+    scale = torch.where(top == 0, 1.0, top)
     panels = panels / scale[:, None, None]
 
     def norm(values: Tensor, rule: Rule) -> Tensor:
         mean = _panel_means(values, rule, law, p).mean(-1)
-        positive = mean > 0
-        return torch.where(positive, torch.where(positive, mean, torch.ones_like(mean)) ** (1 / p), 0.0)
+        zero = mean == 0  # NaN is not, and stays
+        return torch.where(zero, 0.0, torch.where(zero, 1.0, mean) ** (1 / p))
 
     value = norm(panels, full)
     with torch.no_grad():

@@ -34,7 +34,7 @@ class Task:
     """Gradients per step, for the progress bar and to start the longest runs first."""
 
 
-MEASURE_UNITS = 300
+MEASURE_UNITS = 350
 """How many gradients one part of the measuring counts as in a progress bar."""
 
 

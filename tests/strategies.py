@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,15 +58,14 @@ class Problem:
 
     def loss(self, values: Mapping[str, Tensor]) -> Tensor:
         """The same loss without the package: normalizers without running statistics, in train mode."""
-        return self.criterion(torch.func.functional_call(_without_statistics(self.module), dict(values), (self.x,)), self.y)
+        output = torch.func.functional_call(_without_statistics(self.module), dict(values), (self.x,))
+        return self.criterion(output, self.y)
 
 
 _bare: dict[int, tuple[nn.Module, nn.Module]] = {}
 
 
 def _without_statistics(module: nn.Module) -> nn.Module:
-    import copy
-
     if id(module) not in _bare or _bare[id(module)][0] is not module:
         bare = copy.deepcopy(module).train()
         for m in bare.modules():

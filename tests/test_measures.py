@@ -8,14 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
+import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import problem
 from torch import Tensor, nn
 
-import oracles
-import strategies
 from bnsharp import Engine, InputError, Objective, ScaleGroups, exact_norms, laws
 from bnsharp import params as P
 from bnsharp.directions import Ascend, Draw, Lanczos
@@ -33,7 +34,6 @@ from bnsharp.measures import (
 from bnsharp.profiles import Line, Rise
 from bnsharp.reduce import FreeEnergy, PowerMean
 from bnsharp.types import Params
-from strategies import problem
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -92,7 +92,7 @@ def test_lebesgue_ball_power_of_a_linear_loss(d: int, p: float) -> None:
     g = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)[:d]
     moment = math.gamma(d / 2 + 1) * math.gamma((p + 1) / 2) / (math.pi**0.5 * math.gamma((d + p) / 2 + 1))
     params = P.make({"w": torch.ones(d, dtype=torch.float64)})
-    found = lebesgue_ball(delta=0.3, draws=3000, p=p)(lambda x: x["w"] @ g, params)
+    found = lebesgue_ball(delta=0.3, draws=2000, p=p)(lambda x: x["w"] @ g, params)
     within(found, 0.3 * float(g.norm()) * moment ** (1 / p))
 
 
@@ -242,7 +242,8 @@ def test_adaptive_of_a_linear_loss(seed: int, eta: float) -> None:
 
 def test_a_zero_loss_has_no_sharpness() -> None:
     q = Quadratic()
-    for measure in (bn_sharpness(ScaleGroups({"w": "tensor"}), steps=2), hessian_top(), gaussian(), epsilon_sharpness()):
+    searched = bn_sharpness(ScaleGroups({"w": "tensor"}), steps=2, restarts=0)
+    for measure in (searched, hessian_top(), gaussian(), epsilon_sharpness()):
         found = measure(lambda x: 0 * oracles.flatten(x).sum(), q.params)
         assert found.value == 0 and math.isfinite(found.error)
 
@@ -253,7 +254,7 @@ def test_rounding_is_part_of_the_error() -> None:
     params = P.pmap(lambda x: x.float(), q.params)
     q32 = Quadratic(seed=2)
     q32.matrix, q32.slope = q.matrix.float(), q.slope.float()
-    measure = bn_sharpness(ScaleGroups({"w": "tensor"}), delta=1e-4, steps=0)
+    measure = bn_sharpness(ScaleGroups({"w": "tensor"}), delta=1e-4, steps=0, restarts=0)
     exact = measure(q, q.params)
     found = measure(lambda x: q32(x) + 1000.0, params)
     assert abs(found.value - exact.value) <= found.error
@@ -450,7 +451,8 @@ def test_invariant_measures_say_what_they_found(name: str) -> None:
     torch.testing.assert_close(oracles.flatten(placed), oracles.flatten(found.direction))
     v = oracles.flatten(found.direction)
     if name == "bn_sharpness":
-        assert oracles.sharpness_along(p.loss, p.params, v, 0.1, 3) == pytest.approx(found.value, abs=found.error + 1e-9)
+        dense = oracles.sharpness_along(p.loss, p.params, v, 0.1, 3)
+        assert abs(dense - found.value) <= found.error + 1e-9
     else:
         assert float(v @ oracles.dense_hessian(p.loss, p.params) @ v) == pytest.approx(found.value)
 

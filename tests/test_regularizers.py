@@ -6,25 +6,27 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import oracles
 import pytest
+import strategies
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import Problem, problem, problems
 from torch import Tensor, nn
 
 import bnsharp
-import oracles
-import strategies
 from bnsharp import InputError, Objective, exact_norms
 from bnsharp import params as P
+from bnsharp.directions import Ascend
 from bnsharp.geometry import Euclidean
 from bnsharp.laws import Uniform
 from bnsharp.measures import Measure, bn_sharpness, gaussian, hessian_trace
 from bnsharp.profiles import Line
+from bnsharp.reduce import Maximum
 from bnsharp.regularizers import Penalty, Plain, asam, sam
 from bnsharp.types import Params
-from strategies import Problem, problem, problems
 
 GRADIENTS = ("two-point", "central", "tangent", "exact")
 
@@ -100,7 +102,8 @@ def test_c_equal_one_is_a_sharpness_aware_step(p: Problem, exponent: float, delt
     theta, v = oracles.flatten(p.params), oracles.steepest(p.loss, p.params, p.index)
     ahead = oracles.to_params(theta + delta * v, p.params)
     weight = (exponent + 1) ** (1 / exponent)
-    step = take(Penalty(bn_sharpness(p.groups, delta=delta, p=exponent, steps=0)), [p.objective()], p.params, weight)
+    measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=0, restarts=0)
+    step = take(Penalty(measure), [p.objective()], p.params, weight)
     rise = float(p.loss(ahead) - p.loss(p.params))
     assert step.penalty.item() == pytest.approx(abs(rise) / weight, rel=1e-9)
     if rise > 0:
@@ -120,7 +123,7 @@ def test_sam_is_the_gradient_uphill(p: Problem, rho: float) -> None:
 def test_gradient_is_loss_plus_weighted_penalty(gradient: str) -> None:
     """``∇L + λr`` and ``ratio = ‖λr‖/‖∇L‖``, with r and the penalty's value from ``penalty``."""
     p = problem("conv", seed=2)
-    regularizer = Penalty(bn_sharpness(p.groups, delta=0.05, steps=2), gradient=gradient)
+    regularizer = Penalty(bn_sharpness(p.groups, delta=0.05, steps=2, restarts=0), gradient=gradient)
     value, r = regularizer.penalty(p.objective(), p.params)
     step = take(regularizer, [p.objective()], p.params, 0.3)
     g, flat = oracles.gradient(p.loss, p.params), oracles.flatten(r)
@@ -134,7 +137,7 @@ def test_an_independent_batch(gradient: str) -> None:
     """``∇L_B + λ r_{B'}``."""
     one, two = problem("mlp", seed=3), problem("mlp", seed=3)
     two = strategies.Problem(one.module, two.x.flip(0) + 0.1, two.y, two.criterion, two.rows, two.inert)
-    regularizer = Penalty(bn_sharpness(one.groups, delta=0.05, steps=1), gradient=gradient)
+    regularizer = Penalty(bn_sharpness(one.groups, delta=0.05, steps=1, restarts=0), gradient=gradient)
     _, r = regularizer.penalty(two.objective(), one.params)
     step = take(regularizer, [one.objective(), two.objective()], one.params, 0.5)
     torch.testing.assert_close(
@@ -145,7 +148,7 @@ def test_an_independent_batch(gradient: str) -> None:
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_weight_zero_is_the_loss_gradient(gradient: str) -> None:
     p = problem(seed=4)
-    step = take(Penalty(bn_sharpness(p.groups, steps=1), gradient=gradient), [p.objective()], p.params, 0.0)
+    step = take(Penalty(bn_sharpness(p.groups, steps=1, restarts=0), gradient=gradient), [p.objective()], p.params, 0.0)
     torch.testing.assert_close(oracles.flatten(step.gradient), oracles.gradient(p.loss, p.params))
     assert step.ratio.item() == 0
 
@@ -177,7 +180,8 @@ def test_curvature_penalty_against_differences() -> None:
             return measure(p.objective(), oracles.to_params(theta + h * d, p.params)).value
 
         slope = oracles.central_difference(at, 1e-4)
-        assert float(oracles.flatten(r) @ d) == pytest.approx(slope, rel=1e-4, abs=1e-5 * float(oracles.flatten(r).norm()))
+        flat = oracles.flatten(r)
+        assert float(flat @ d) == pytest.approx(slope, rel=1e-4, abs=1e-5 * float(flat.norm()))
 
 
 # ---------------------------------------------------------------- counted gradients
@@ -215,7 +219,7 @@ def spend(regularizer: Any, p: Problem, independent: bool = False) -> int:
 def test_gradients_per_step(steps: int, rule: str) -> None:
     """SGDS-n: n + 2 on the loss's own batch, n + 3 on a batch of its own; central costs one more; no other losses."""
     p = problem(seed=7)
-    measure = bn_sharpness(p.groups, delta=0.05, steps=steps, rule=rule)
+    measure = bn_sharpness(p.groups, delta=0.05, steps=steps, restarts=0, rule=rule)
     for gradient, more in (("two-point", 0), ("tangent", 0), ("central", 1)):
         assert spend(Penalty(measure, gradient), p) == steps + 2 + more
         assert spend(Penalty(measure, gradient), p, independent=True) == steps + 3 + more
@@ -225,7 +229,7 @@ def test_gradients_of_the_others() -> None:
     p = problem(seed=7)
     assert spend(Plain(), p) == 1
     assert spend(sam(), p) == spend(asam(), p) == 2
-    assert spend(Penalty(bn_sharpness(p.groups, delta=0.1, steps=0)), p) == 2
+    assert spend(Penalty(bn_sharpness(p.groups, delta=0.1, steps=0, restarts=0)), p) == 2
 
 
 # ---------------------------------------------------------------- clip, tangent, bad input
@@ -236,7 +240,7 @@ def test_gradients_of_the_others() -> None:
 def test_clip_bounds_the_penalty_gradient(gradient: str, clip: float) -> None:
     """``‖r‖ ≤ clip`` before λ; below the bound nothing changes; the direction never does."""
     p = problem(seed=8)
-    measure = bn_sharpness(p.groups, delta=0.1, steps=1)
+    measure = bn_sharpness(p.groups, delta=0.1, steps=1, restarts=0)
     g = oracles.gradient(p.loss, p.params)
     free, clipped = (
         oracles.flatten(take(Penalty(measure, gradient, c), [p.objective()], p.params, 2.0).gradient) - g
@@ -252,7 +256,8 @@ def test_clip_bounds_the_penalty_gradient(gradient: str, clip: float) -> None:
 @given(problems(activations=("tanh", "relu")), strategies.deltas(), st.sampled_from(["tangent", "exact"]))
 def test_projected_gradients_are_orthogonal_to_invariant_groups(p: Problem, delta: float, gradient: str) -> None:
     """And so is the whole update, since ``∇L`` is: no step changes invariant norms at first order."""
-    step = take(Penalty(bn_sharpness(p.groups, delta=delta, steps=1, nodes=4), gradient), [p.objective()], p.params)
+    measure = bn_sharpness(p.groups, delta=delta, steps=1, restarts=0, nodes=4)
+    step = take(Penalty(measure, gradient), [p.objective()], p.params)
     theta, g = oracles.flatten(p.params), oracles.flatten(step.gradient)
     for name in p.rows:
         for row, slope in zip(p.params[name], step.gradient[name], strict=True):
@@ -321,7 +326,7 @@ def a_module() -> tuple[WithDropout, bnsharp.ScaleGroups]:
 def test_one_mask_per_step(gradient: str) -> None:
     """Every evaluation of one step sees the same dropout mask, the next step another."""
     module, groups = a_module()
-    regularizer = Penalty(bn_sharpness(groups, steps=2, nodes=3), gradient)
+    regularizer = Penalty(bn_sharpness(groups, steps=2, restarts=0, nodes=3), gradient)
     seen = []
     for _ in range(2):
         module.masks.clear()
@@ -336,7 +341,7 @@ def test_one_mask_per_step(gradient: str) -> None:
 def test_a_step_draws_as_much_as_a_forward_pass() -> None:
     """The global random state moves on as after one plain forward, whatever the regulariser."""
     states = []
-    for regularizer in (None, sam(), Penalty(bn_sharpness(a_module()[1], steps=2))):
+    for regularizer in (None, sam(), Penalty(bn_sharpness(a_module()[1], steps=2, restarts=0))):
         module, _ = a_module()
         torch.manual_seed(5)
         if regularizer is None:
@@ -355,7 +360,7 @@ def test_running_statistics_move_once_per_step(gradient: str, other: bool) -> No
     twin, _ = a_module()
     regularizer: Any = {"sam": sam(), "plain": Plain()}.get(gradient)
     if regularizer is None:
-        regularizer = Penalty(bn_sharpness(groups, steps=2, nodes=3), gradient)
+        regularizer = Penalty(bn_sharpness(groups, steps=2, restarts=0, nodes=3), gradient)
     for k in range(2):
         others = [a_batch(9)] if other else []
         bnsharp.backward(module, F.cross_entropy, a_batch(k), regularizer, other_batches=others, generator=seeded())
@@ -387,7 +392,7 @@ def test_gradient_accumulation(name: str) -> None:
     """Micro-batches with ``scale=1/k`` add up to the mean of their steps; parameters do not move in between."""
     p = problem(seed=9, examples=24)
     p.module.train()
-    regularizer = sam() if name == "sam" else Penalty(bn_sharpness(p.groups, steps=1, nodes=3), name)
+    regularizer = sam() if name == "sam" else Penalty(bn_sharpness(p.groups, steps=1, restarts=0, nodes=3), name)
     parts = [(p.x[k::3], p.y[k::3]) for k in range(3)]
     before = P.parameters(p.module)
     separate = []
@@ -429,7 +434,7 @@ def test_backward_is_the_step_of_the_regularizer() -> None:
     p = problem("conv", seed=11)
     p.module.train()
     with exact_norms(p.module):
-        regularizer = Penalty(bn_sharpness(p.groups, delta=0.05, steps=3))
+        regularizer = Penalty(bn_sharpness(p.groups, delta=0.05, steps=3, restarts=0))
         ours = bnsharp.backward(p.module, p.criterion, (p.x, p.y), regularizer, 0.5, generator=seeded())
         plain = take(regularizer, [p.objective()], p.params, 0.5)
     torch.testing.assert_close(oracles.flatten(ours.gradient), oracles.flatten(plain.gradient))
@@ -454,15 +459,14 @@ def test_backward_without_generator_reads_the_global_one() -> None:
 def test_zero_gradient_is_finite(gradient: str) -> None:
     """At an exact minimum nothing divides by zero."""
     p = strategies.at_own_output(problem(seed=13))
-    step = take(Penalty(bn_sharpness(p.groups, delta=0.05, steps=2), gradient), [p.objective()], p.params)
+    step = take(Penalty(bn_sharpness(p.groups, delta=0.05, steps=2, restarts=0), gradient), [p.objective()], p.params)
     assert oracles.flatten(step.gradient).isfinite().all() and step.penalty.item() > 0
 
 
 def test_line_in_a_fixed_ball() -> None:
     """A line profile needs no groups: κ and δ are the law's, and the ball's radius multiplies δ."""
     p = problem(seed=14)
-    measure = Measure(Euclidean(0.2), bn_sharpness(p.groups, steps=0).directions, Line(Uniform(0.5), 3.0), bn_sharpness(
-        p.groups).reduce)
+    measure = Measure(Euclidean(0.2), Ascend(0), Line(Uniform(0.5), 3.0), Maximum())
     theta, g = oracles.flatten(p.params), oracles.gradient(p.loss, p.params)
     ahead = oracles.to_params(theta + 0.1 * g / g.norm(), p.params)
     value, r = Penalty(measure).penalty(p.objective(), p.params)

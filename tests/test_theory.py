@@ -6,6 +6,7 @@ Networks are small, float64, with a negligible ε; limits are tested with smooth
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -122,22 +123,31 @@ def test_t1_a_fixed_radius_is_not_invariant(kind: str) -> None:
     for a in (1.0, 0.3, 0.1, 0.03):
         factors = {p.rows[0]: torch.ones(len(p.params[p.rows[0]]), dtype=torch.float64)}
         factors[p.rows[0]][0] = a
-        values.append(epsilon_sharpness(delta=0.02)(p.objective(), oracles.rescale(p.params, p.rows[:1], factors)).value)
+        scaled = oracles.rescale(p.params, p.rows[:1], factors)
+        values.append(epsilon_sharpness(delta=0.02)(p.objective(), scaled).value)
     assert values == sorted(values) and values[-1] > 3 * values[0]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     strategies.scaled_problems(activations=("tanh", "softplus", "relu")),
     strategies.exponents(), strategies.deltas(), st.sampled_from(RULES), st.sampled_from([0, 1, 4]), st.integers(0, 1),
     st.sampled_from(["tensor", "joint"]),
 )
 def test_t2_invariance(
-    case: tuple[Problem, dict[str, Tensor]], exponent: float, delta: float, rule: str, steps: int, restarts: int, rest: str
+    case: tuple[Problem, dict[str, Tensor]],
+    exponent: float,
+    delta: float,
+    rule: str,
+    steps: int,
+    restarts: int,
+    rest: str,
 ) -> None:
     """``S(T_a θ) = S(θ)``, and the maximiser is ``T_a v`` (or its mirror image: v and −v have the same S)."""
     p, a = case
-    measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, restarts=restarts, rule=rule, rest=rest, nodes=4)
+    measure = bn_sharpness(
+        p.groups, delta=delta, p=exponent, steps=steps, restarts=restarts, rule=rule, rest=rest, nodes=4
+    )
     one, two = (measure(p.objective(), x) for x in (p.params, oracles.rescale(p.params, p.rows, a)))
     assert two.value == pytest.approx(one.value, rel=1e-8)
     expected, got = oracles.flatten(oracles.rescale(one.direction, p.rows, a)), oracles.flatten(two.direction)
@@ -151,7 +161,7 @@ def test_t2_with_exact_norms(kind: str) -> None:
     """At torch's ε the invariance breaks by ``O(ε/a²)``; ``exact_norms`` restores it."""
     p = problem(kind, seed=2, eps=1e-5)
     a = {k: torch.full((len(p.params[k]),), 0.05, dtype=torch.float64) for k in p.rows}
-    measure = bn_sharpness(p.groups, delta=0.05, steps=2)
+    measure = bn_sharpness(p.groups, delta=0.05, steps=2, restarts=0)
 
     def change() -> float:
         one, two = (measure(p.objective(), x).value for x in (p.params, oracles.rescale(p.params, p.rows, a)))
@@ -169,7 +179,7 @@ def test_t2_breaks_in_ambient_coordinates(kind: str) -> None:
     a = {k: torch.logspace(-1, 1, len(p.params[k]), dtype=torch.float64) for k in p.rows}
     scaled = oracles.rescale(p.params, p.rows, a)
     for coordinates, bound in (("unit", lambda x: x < 1e-8), ("ambient", lambda x: x > 1e-5)):
-        measure = bn_sharpness(p.groups, delta=0.3, steps=5, rule="riemannian", coordinates=coordinates)
+        measure = bn_sharpness(p.groups, delta=0.3, steps=5, restarts=0, rule="riemannian", coordinates=coordinates)
         one, two = (measure(p.objective(), x).value for x in (p.params, scaled))
         assert bound(abs(two / one - 1))
 
@@ -182,13 +192,13 @@ def test_t5_the_power_mean_tends_to_the_maximum(ball: str) -> None:
     """Over n draws ``max·n^{−1/p} ≤ (mean |f|^p)^{1/p} ≤ max``, growing with p; over the ball, to its maximum."""
     g = torch.tensor([3.0, -4.0], dtype=torch.float64)
     params = P.make({"w": torch.zeros(2, dtype=torch.float64)})
-    n, values = 4000, []
+    n, values = 1500, []
     exponents = (1.0, 2.0, 8.0, 64.0, 512.0)
     for exponent in exponents:
         values.append(lebesgue_ball(delta=0.1, draws=n, p=exponent, ball=ball)(lambda q: q["w"] @ g, params).value)
     assert values == sorted(values)
     maximum = 0.1 * float(g.norm() if ball == "joint" else g.abs().sum())
-    assert values[-1] <= maximum and values[-1] == pytest.approx(maximum, rel=0.05)
+    assert values[-1] <= maximum and values[-1] == pytest.approx(maximum, rel=0.1)
 
 
 def test_t5_bound_of_the_power_mean() -> None:
@@ -201,7 +211,7 @@ def test_t5_bound_of_the_power_mean() -> None:
 @given(problems(), strategies.exponents(), strategies.deltas(), st.sampled_from([0, 3]))
 def test_t6_and_section_7(p: Problem, exponent: float, delta: float, steps: int) -> None:
     """``E_t f ≤ S_{δ,1} ≤ S_{δ,p} ≤ max_{‖ε‖ ≤ δ‖θ‖} |f|`` over candidates that hold the direction found."""
-    found = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, nodes=6)(p.objective(), p.params)
+    found = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, restarts=0, nodes=6)(p.objective(), p.params)
     v = oracles.flatten(found.direction)
     assert float(v.norm()) <= float(oracles.flatten(p.params).norm()) * (1 + 1e-12)
     f = oracles.rise(p.loss, p.params, v)
@@ -218,22 +228,24 @@ def test_t6_and_section_7(p: Problem, exponent: float, delta: float, steps: int)
 @given(problems(), strategies.deltas())
 def test_t6_limit(p: Problem, delta: float) -> None:
     """``lim_{p→∞} S_{δ,p} = max_{|t| ≤ δ} |f(t)|`` along one direction, from below."""
-    found = bn_sharpness(p.groups, delta=delta, steps=2, nodes=5)(p.objective(), p.params)
+    found = bn_sharpness(p.groups, delta=delta, steps=2, restarts=0, nodes=5)(p.objective(), p.params)
     f = oracles.rise(p.loss, p.params, oracles.flatten(found.direction))
     top = float(np.abs(f(np.linspace(-delta, delta, 2001))).max())
     ratios = [along(p, found.unit, delta, q, nodes=10) / top for q in (4.0, 16.0, 64.0, 256.0, 1024.0)]
     assert ratios == sorted(ratios) and 0.98 < ratios[-1] <= 1 + 1e-6
 
 
+@settings(max_examples=8)
 @given(problems(), strategies.deltas(), st.sampled_from([0, 3]))
 def test_t7_grows_with_p(p: Problem, delta: float, steps: int) -> None:
     """``p ≤ q ⇒ S_{δ,p} ≤ S_{δ,q}``, the maxima taken over the union of both searches' directions."""
     exponents = (1.0, 1.5, 2.0, 4.0, 8.0)
     units = [
-        bn_sharpness(p.groups, delta=delta, p=q, steps=steps, nodes=6)(p.objective(), p.params).unit for q in exponents
+        bn_sharpness(p.groups, delta=delta, p=q, steps=steps, restarts=0, nodes=6)(p.objective(), p.params).unit
+        for q in exponents
     ]
     values = [along(p, P.stack(units), delta, q, nodes=10) for q in exponents]
-    assert all(a <= b * (1 + 1e-7) for a, b in zip(values, values[1:], strict=False))
+    assert all(a <= b * (1 + 1e-7) for a, b in pairwise(values))
 
 
 # ---------------------------------------------------------------- T8, T9: second order
@@ -268,7 +280,7 @@ def test_t8_hessian_trace_is_the_trace(kind: str) -> None:
     assert found.stderr > 0 and abs(found.value - expected) < 5 * found.stderr
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(problems(), strategies.exponents())
 def test_t9_at_an_exact_minimum(p: Problem, exponent: float) -> None:
     """``S_{δ,p}/δ² → ½(2p+1)^{−1/p} max vᵀHv``, at least as much with the relative trace for the maximum."""
@@ -280,7 +292,7 @@ def test_t9_at_an_exact_minimum(p: Problem, exponent: float) -> None:
     assert top.value == pytest.approx(float(v @ hessian @ v), rel=1e-8)
     for delta, tolerance in ((1e-2, 5e-2), (1e-3, 5e-3)):
         assert along(p, top.unit, delta, exponent) / delta**2 == pytest.approx(factor * top.value, rel=tolerance)
-    found = bn_sharpness(p.groups, delta=1e-3, p=exponent, steps=20)(p.objective(), p.params)
+    found = bn_sharpness(p.groups, delta=1e-3, p=exponent, steps=20, restarts=0)(p.objective(), p.params)
     trace = sum(float(theta[i].norm() ** 2 / len(i) * hessian.diagonal()[i].sum()) for i in p.index)
     assert found.value / 1e-6 >= factor * trace
     assert found.value / 1e-6 == pytest.approx(factor * top.value, rel=0.1)
@@ -305,7 +317,7 @@ def test_t10(p: Problem, delta: float) -> None:
     """``⟨θ_i, ∇_i L(θ+δv)⟩ = −δ⟨v_i, ∇_i L(θ+δv)⟩``; the two-point gradient inherits it."""
     theta, v = oracles.flatten(p.params), steepest_v(p)
     ahead = oracles.gradient(p.loss, oracles.to_params(theta + delta * v, p.params))
-    measure = bn_sharpness(p.groups, delta=delta, p=2, steps=0)
+    measure = bn_sharpness(p.groups, delta=delta, p=2, steps=0, restarts=0)
     _, r = Penalty(measure, gradient="two-point").penalty(p.objective(), p.params)
     flat = oracles.flatten(r)
     f = p.loss(oracles.to_params(theta + delta * v, p.params)) - p.loss(p.params)
@@ -325,7 +337,7 @@ def test_exact_gradient_is_orthogonal_to_invariant_groups(
     p: Problem, exponent: float, delta: float, steps: int, rule: str
 ) -> None:
     """The gradient with v moving with θ; for any direction held in unit coordinates."""
-    measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, rule=rule, nodes=4)
+    measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, restarts=0, rule=rule, nodes=4)
     _, r = Penalty(measure, gradient="exact").penalty(p.objective(), p.params)
     assert radial(oracles.flatten(r), p) < 1e-8
 
@@ -346,10 +358,11 @@ def test_constant_v_gradient_is_not_orthogonal(kind: str) -> None:
 def test_exact_gradient_four_ways(kind: str, delta: float, exponent: float, engine: Any) -> None:
     """Penalty's gradient, autograd and ``torch.func.grad`` through ``measure.penalty``, and finite differences."""
     p = strategies.trained(problem(kind, seed=8), steps=60)
-    measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=3)
+    measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=3, restarts=0)
     objective = p.objective(engine)
-    value, r = Penalty(measure, gradient="exact").penalty(objective, p.params)
     found = measure(objective, p.params)
+    held = replace(measure, directions=Given(found.unit))
+    value, r = Penalty(held, gradient="exact").penalty(objective, p.params)
     assert value.item() == pytest.approx(found.value, rel=1e-10)
 
     leaves = {k: x.clone().requires_grad_() for k, x in p.params.items()}
@@ -360,7 +373,6 @@ def test_exact_gradient_four_ways(kind: str, delta: float, exponent: float, engi
     scale = float(by_autograd.norm())
     torch.testing.assert_close(oracles.flatten(r), by_autograd, rtol=1e-7, atol=1e-9 * scale)
 
-    held = replace(measure, directions=Given(found.unit))
     theta = oracles.flatten(p.params)
     for seed in range(3):
         d = torch.randn(len(theta), generator=torch.Generator().manual_seed(seed), dtype=theta.dtype)
@@ -386,7 +398,7 @@ def test_two_point_limit(kind: str, exponent: float, activation: str) -> None:
     for gradient, order in (("two-point", 1), ("central", 2)):
         errors = []
         for delta in (4e-4, 1e-4):
-            measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=0)
+            measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=0, restarts=0)
             _, r = Penalty(measure, gradient=gradient).penalty(p.objective(), p.params)
             errors.append(float((oracles.flatten(r) / delta - limit).norm() / limit.norm()))
         assert errors[1] < 1e-2
@@ -395,7 +407,7 @@ def test_two_point_limit(kind: str, exponent: float, activation: str) -> None:
 
 @given(problems(activations=("tanh", "relu")), strategies.deltas())
 def test_tangent_is_two_point_without_its_radial_part(p: Problem, delta: float) -> None:
-    measure = bn_sharpness(p.groups, delta=delta, steps=1)
+    measure = bn_sharpness(p.groups, delta=delta, steps=1, restarts=0)
     (value, r), (same, tangent) = (
         Penalty(measure, gradient=g).penalty(p.objective(), p.params) for g in ("two-point", "tangent")
     )
@@ -416,11 +428,13 @@ def test_first_order_limit(p: Problem, exponent: float, steps: int, rule: str) -
     expected = (exponent + 1) ** (-1 / exponent) * sum(float(theta[i].norm() * g[i].norm()) for i in p.index)
     errors = []
     for delta in (4e-4, 1e-4):
-        found = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, rule=rule, nodes=5)(p.objective(), p.params)
+        measure = bn_sharpness(p.groups, delta=delta, p=exponent, steps=steps, restarts=0, rule=rule, nodes=5)
+        found = measure(p.objective(), p.params)
         errors.append(abs(found.value / delta / expected - 1))
     assert errors[1] < 0.02 and errors[1] < 0.6 * errors[0] + 1e-4  # the quadrature's error
     v = steepest_v(p)
-    assert float(oracles.flatten(found.direction) @ v / v.norm() ** 2) > 0.99
+    cosine = float(oracles.flatten(found.direction) @ v / v.norm() ** 2)
+    assert abs(cosine) > 0.99  # v and −v have the same S
 
 
 @settings(max_examples=30)
@@ -441,7 +455,8 @@ def test_quadratic_closed_form(seed: int, exponent: float, delta: float, at_mini
         return 0.5 * z @ a_matrix @ z
 
     groups = ScaleGroups({"w": "row"})
-    u = Groupwise(groups).ball.retract(oracles.to_params(torch.randn(8, generator=generator, dtype=torch.float64), params))
+    somewhere = oracles.to_params(torch.randn(8, generator=generator, dtype=torch.float64), params)
+    u = Groupwise(groups).ball.retract(somewhere)
     measure = Measure(Groupwise(groups), Given(u), Line(laws.Uniform(delta), exponent), Maximum())
     v = oracles.flatten(measure.geometry.place(u, params))
     a, q = float(oracles.gradient(loss, params) @ v), float(v @ a_matrix @ v)
@@ -457,7 +472,7 @@ def test_quadratic_closed_form(seed: int, exponent: float, delta: float, at_mini
 # ---------------------------------------------------------------- the search
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     problems(activations=("tanh", "relu")), strategies.exponents(), strategies.deltas(), st.sampled_from(RULES),
     st.integers(1, 5), st.integers(0, 2), st.sampled_from(["unit", "ambient"]),
@@ -466,7 +481,7 @@ def test_search_never_ends_below_its_start(
     p: Problem, exponent: float, delta: float, rule: str, steps: int, restarts: int, coordinates: str
 ) -> None:
     """By its own score: S itself when measuring, ``κ|f(δ)|`` in training."""
-    start = bn_sharpness(p.groups, delta=delta, p=exponent, steps=0, nodes=4)
+    start = bn_sharpness(p.groups, delta=delta, p=exponent, steps=0, restarts=0, nodes=4)
     searched = replace(start, directions=Ascend(steps, restarts, rule, coordinates=coordinates))
     assert searched(p.objective(), p.params).value >= start(p.objective(), p.params).value
     ours, first = (Penalty(m).penalty(p.objective(), p.params)[0].item() for m in (searched, start))
@@ -478,28 +493,23 @@ def test_the_value_is_that_of_the_direction(rule: str) -> None:
     """The estimate's direction attains its value by dense integration, and lies on Φ(θ)."""
     for seed in range(3):
         p = strategies.trained(problem("mlp", seed=seed), steps=100)
-        found = bn_sharpness(p.groups, delta=0.1, p=3, steps=6, rule=rule)(p.objective(), p.params)
+        found = bn_sharpness(p.groups, delta=0.1, p=3, steps=6, restarts=0, rule=rule)(p.objective(), p.params)
         v = oracles.flatten(found.direction)
-        assert oracles.sharpness_along(p.loss, p.params, v, 0.1, 3) == pytest.approx(found.value, rel=1e-4)
+        dense = oracles.sharpness_along(p.loss, p.params, v, 0.1, 3)
+        assert abs(dense - found.value) <= max(found.error, 1e-3 * dense)
         assert oracles.group_norms(v, p.index) == pytest.approx(oracles.group_norms(oracles.flatten(p.params), p.index))
-
-
-SEARCH: dict[str, Any] = {"steps": 30, "restarts": 4}
-"""Search options that come within 1% of brute force on networks of up to 200 parameters."""
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0, 8.0])
 @pytest.mark.parametrize("delta", [0.01, 0.1])
 @pytest.mark.parametrize("place", ["random", "trained"])
 def test_search_against_brute_force(place: str, delta: float, exponent: float) -> None:
-    kind = "mlp" if exponent in (1.0, 3.0) else "conv"
-    p = problem(kind, seed=11)
+    p = problem("conv" if exponent < 3 else "mlp", seed=11)
     if place == "trained":
         p = strategies.trained(p, steps=300)
     assert len(oracles.flatten(p.params)) <= 200
-    measure = bn_sharpness(p.groups, delta=delta, p=exponent, **SEARCH)
+    measure = bn_sharpness(p.groups, delta=delta, p=exponent)
     found = measure(p.objective(Engine("vmap", 128)), p.params)
-    best, _ = oracles.brute_force(
-        p.loss, p.params, p.index, delta, exponent, starts=3, given=[oracles.flatten(found.direction)], iterations=60
-    )
+    given = [oracles.flatten(found.direction)]
+    best, _ = oracles.brute_force(p.loss, p.params, p.index, delta, exponent, starts=3, given=given, iterations=60)
     assert found.value >= 0.99 * best
