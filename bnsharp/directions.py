@@ -25,7 +25,7 @@ from bnsharp.types import Found, Params, Scored
 
 
 class SearchScore(Protocol):
-    """What a search maximises; see :class:`bnsharp.types.Score`."""
+    """What a search maximises, and the gradient ``∂L/∂u`` at ``u = 0`` from which it starts."""
 
     def slope(self) -> Params: ...
 

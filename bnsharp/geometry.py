@@ -7,6 +7,7 @@ The ball is a set of unit directions u: joint (``‖u‖ ≤ 1``), groupwise (``
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,11 +89,12 @@ class Scale(Protocol):
 # ---------------------------------------------------------------- balls
 
 
-class PartitionBall:
+class PartitionBall(ABC):
     """The product of unit balls over the groups of a partition (abstract: subclasses give the partition)."""
 
+    @abstractmethod
     def partition(self, like: Params) -> Partition:
-        raise NotImplementedError
+        """The groups whose directions have norm at most 1."""
 
     def invariant(self, like: Params) -> Partition:
         """The groups along whose radius the loss does not change: none, unless the ball knows scale groups."""

@@ -26,7 +26,7 @@ from bnsharp.profiles import Anchor, Curvature, ExactScore, Line, Profile, Rise
 from bnsharp.reduce import Maximum, Mean, PowerMean, Reduce
 from bnsharp.types import Estimate, Found, Params
 
-THOROUGH: dict[str, Any] = {"steps": 30, "restarts": 8, "polish": 20, "tolerance": 1e-5}
+THOROUGH: dict[str, Any] = {"steps": 30, "restarts": 16, "polish": 40, "tolerance": 1e-5}
 """How BN-Sharpness is searched for where nothing else is said."""
 
 DEFAULT_SEED = 0

@@ -169,12 +169,12 @@ def power_norm(f: Tensor, law: SegmentLaw, p: float, nodes: int) -> tuple[Tensor
     scale = torch.where(top == 0, 1.0, top)
     panels = panels / scale[:, None, None]
 
-    def norm(values: Tensor, rule: Rule) -> Tensor:
-        mean = _panel_means(values, rule, law, p).mean(-1)
-        zero = mean == 0  # NaN is not, and stays
-        return torch.where(zero, 0.0, torch.where(zero, 1.0, mean) ** (1 / p))
-
-    value = norm(panels, full)
+    means = _panel_means(panels, full, law, p)
+    mean = means.mean(-1)
+    zero = mean == 0  # NaN is not, and stays
+    value = torch.where(zero, 0.0, torch.where(zero, 1.0, mean) ** (1 / p))
     with torch.no_grad():
-        error = (value - norm(panels[..., keep], part)).abs() * scale
+        # panel by panel, so that errors of opposite sign do not cancel
+        off = (means - _panel_means(panels[..., keep], part, law, p)).abs().mean(-1)
+        error = (value - (mean - off).clamp(min=0) ** (1 / p)) * scale
     return value * scale, error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, KeysView, ValuesView
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -110,14 +110,6 @@ class Step:
     state: State
     ratio: Tensor
     output: Any = None
-
-
-class Score(Protocol):
-    """What a search maximises, and the gradient ``∂L/∂u`` at ``u = 0`` from which it starts."""
-
-    def slope(self) -> Params: ...
-
-    def __call__(self, u: Params) -> Scored: ...
 
 
 LossFunction = Callable[[Params], Tensor]

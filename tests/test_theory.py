@@ -103,7 +103,7 @@ def _gradient_difference(p: Problem, d: Tensor, h: float) -> Tensor:
     return (8 * (g(h) - g(-h)) - (g(2 * h) - g(-2 * h))) / (12 * h)
 
 
-@pytest.mark.xfail(reason="torch.func's vmapped double backward is wrong through batch_norm (torch 2.14)", strict=False)
+@pytest.mark.xfail(reason="torch.func.hessian is wrong through batch_norm (torch 2.14)", strict=False)
 def test_torch_func_hessian_through_batch_norm() -> None:
     """A trap: why neither the package nor the oracles use it."""
     p = problem("mlp", seed=1)
