@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -88,6 +88,10 @@ class Climb:
     power: Tensor  # [n] bool: the next step is a power step
     moved: Tensor  # [n] bool: the best point has changed since a power step from it failed
 
+    @property
+    def count(self) -> int:
+        return len(self.best_scored.value)
+
     def select(self, indices: Tensor) -> Climb:
         """The searches of these indices."""
         return Climb(*(P.take(getattr(self, f.name), indices) for f in fields(self)))
@@ -112,8 +116,8 @@ class Ascend:
 
     Every step costs one score per start. With ``tolerance`` > 0 the search ends early, once five steps together have
     raised the best score by less than this fraction. ``polish`` more scores go to L-BFGS on the logarithm of the score
-    of the best direction, in unconstrained coordinates ``u_i = w_i/‖w_i‖``. ``coordinates="ambient"`` takes the paper's
-    literal step on v with one scalar step size, which is not equivariant under ``T_a``; ``"unit"`` is.
+    of each direction kept, in unconstrained coordinates ``u_i = w_i/‖w_i‖``. ``coordinates="ambient"`` takes the
+    paper's literal step on v with one scalar step size, which is not equivariant under ``T_a``; ``"unit"`` is.
 
     Raises:
         InputError: negative steps or restarts, an unknown rule or coordinates, a rate that is not in (0, ∞).
@@ -142,7 +146,7 @@ class Ascend:
 
     def cost(self) -> int:
         starts, screened = self.restarts + 1, min(self.steps, self.screen)
-        return starts * (screened + 1) + min(starts, self.keep) * (self.steps - screened) + self.polish
+        return starts * (screened + 1) + min(starts, self.keep) * (self.steps - screened + self.polish)
 
     def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Params:
         """The steepest start and the random ones: a batch ``[1 + restarts]``."""
@@ -174,8 +178,8 @@ class Ascend:
             if self._settled(history):
                 break
         if self.polish:
-            climb = climb.select(climb.best_scored.value.topk(1).indices)
-            return _polish(score, frame, climb, self.polish)
+            ends = [_polish(score, frame, climb.select(i[None]), self.polish) for i in torch.arange(climb.count)]
+            climb = max(ends, key=lambda end: float(end.best_scored.value))
         return Found(climb.best, climb.best_scored)
 
     def _settled(self, history: list[float]) -> bool:
@@ -201,7 +205,7 @@ class Ascend:
         )
 
 
-def _polish(score: SearchScore, frame: Frame, climb: Climb, evaluations: int) -> Found:
+def _polish(score: SearchScore, frame: Frame, climb: Climb, evaluations: int) -> Climb:
     """L-BFGS (SciPy's) on ``−log S`` over w, ``u_i = w_i/‖w_i‖``, from the best direction; keeps the best one seen."""
     like, best, best_scored = P.pick(climb.best, 0), climb.best, climb.best_scored
 
@@ -220,7 +224,7 @@ def _polish(score: SearchScore, frame: Frame, climb: Climb, evaluations: int) ->
 
     start = P.flatten(like).double().cpu().numpy()
     minimize(negative_log, start, jac=True, method="L-BFGS-B", options={"maxfun": evaluations, "maxiter": evaluations})
-    return Found(best, best_scored)
+    return replace(climb, best=best, best_scored=best_scored)
 
 
 def _choose(condition: Tensor, a: Scored, b: Scored) -> Scored:

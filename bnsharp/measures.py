@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from bnsharp.profiles import Anchor, Curvature, ExactScore, Line, Profile, Rise
 from bnsharp.reduce import Maximum, Mean, PowerMean, Reduce
 from bnsharp.types import Estimate, Found, Params
 
-THOROUGH: dict[str, Any] = {"steps": 30, "restarts": 16, "polish": 40, "tolerance": 1e-5}
+THOROUGH = Ascend(steps=15, restarts=16, screen=5, keep=8, polish=40, tolerance=1e-5)
 """How BN-Sharpness is searched for where nothing else is said."""
 
 DEFAULT_SEED = 0
@@ -154,13 +154,12 @@ def bn_sharpness(
     Raises:
         InputError: δ ≤ 0, p < 1, negative steps, or any of them not finite.
     """
-    default: dict[str, Any] = THOROUGH if steps is None else {"restarts": 0, "polish": 0, "tolerance": 0.0}
+    search = THOROUGH if steps is None else Ascend(steps)
+    given = {"restarts": restarts, "polish": polish}
     return Measure(
         Groupwise(groups, rest=rest),
-        Ascend(
-            default["steps"] if steps is None else steps, default["restarts"] if restarts is None else restarts, rule,
-            coordinates=coordinates, tolerance=default["tolerance"],
-            polish=default["polish"] if polish is None else polish,
+        replace(
+            search, rule=rule, coordinates=coordinates, **{k: v for k, v in given.items() if v is not None}
         ),
         Line(Uniform(delta), p, nodes),
         Maximum(),
