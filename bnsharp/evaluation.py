@@ -23,7 +23,27 @@ from bnsharp.errors import InputError
 from bnsharp.modes import math_attention
 from bnsharp.types import LossFunction, Params
 
-Term = tuple[float, LossFunction]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One batch of an objective.
+
+    Attributes:
+        weight: its share is ``weight / Σ weights`` (its number of examples).
+        loss: ``θ ↦ L_b(θ)``, the batch's mean loss.
+        output: ``θ ↦ z``, the network's output, where the loss is ``criterion(z)``; None for a plain function.
+        criterion: ``z ↦ L_b``.
+    """
+
+    weight: float
+    loss: LossFunction
+    output: Callable[[Params], Any] | None = None
+    criterion: Callable[[Any], Tensor] | None = None
+
+
+QuadraticForm = Callable[[Term, Params], Callable[[Params], Tensor]]
+"""``(term, θ) -> (v ↦ vᵀAv)``: a batch's quadratic form at θ."""
 
 
 @dataclass(frozen=True)
@@ -69,43 +89,65 @@ class AbstractObjective(ABC):
         self.engine = Engine(engine) if isinstance(engine, str) else engine
         self.evaluations: Counter[str] = Counter()
         self.on_evaluation: Callable[[int], None] | None = None
-        """Called with the number of losses, gradients or products just evaluated: for progress displays."""
+        """Called with the number of losses, gradients or products just evaluated on one batch: for progress displays."""
+        self.batches_seen = 0
+        """Batches in the last full pass, 0 before the first."""
+        self.weight_seen = 0.0
+        """Sum of their weights: the number of examples, where weights are batch sizes."""
+
+    @property
+    def examples(self) -> int | None:
+        """Examples that the objective is a mean over; None for a plain function or before the first evaluation."""
+        return int(self.weight_seen) if self.batch_size is not None and self.batches_seen else None
 
     @abstractmethod
     def _terms(self) -> Iterator[Term]:
-        """``(weight, loss)`` per batch; the objective is ``Σ w_b L_b / Σ w_b``."""
+        """The batches; the objective is ``Σ w_b L_b / Σ w_b``."""
 
     def _session(self) -> AbstractContextManager[Any]:
         """The context in which terms are evaluated."""
         return nullcontext()
 
-    def _count(self, kind: str, n: int) -> None:
-        self.evaluations[kind] += n
+    def _tick(self, n: int) -> None:
         if self.on_evaluation is not None:
             self.on_evaluation(n)
 
+    def _pass(self, evaluate: Callable[[Term], Any]) -> Iterator[tuple[float, Any]]:
+        """``(weight, evaluate(term))`` of every batch, one after the other: one pass over the data."""
+        count, weights = 0, 0.0
+        with self._session():
+            for term in self._terms():
+                part = evaluate(term)
+                count, weights = count + 1, weights + term.weight
+                yield term.weight, part
+        if not count:
+            raise InputError("the objective's data holds no batch; expected at least one")
+        self.batches_seen, self.weight_seen = count, weights
+
     def _mean(self, evaluate: Callable[[LossFunction], Any], add: Callable[[Any, float, Any], Any]) -> Any:
         result, weights = None, 0.0
-        with self._session():
-            for weight, fn in self._terms():
-                part = evaluate(fn)
-                weights += weight
-                # running mean: a single batch is returned unchanged
-                result = part if result is None else add(result, weight / weights, part)
-        if result is None:
-            raise InputError("the objective's data holds no batch; expected at least one")
+        for weight, part in self._pass(lambda term: evaluate(term.loss)):
+            weights += weight
+            # running mean: a single batch is returned unchanged, and one part is held at a time
+            result = part if result is None else add(result, weight / weights, part)
         return result
+
+    def _each(self, evaluate: Callable[[Term], Tensor]) -> tuple[Tensor, Tensor]:
+        """Weights ``[B]`` and values ``[B, n]`` of all batches."""
+        weights, values = zip(*self._pass(evaluate), strict=True)
+        stacked = torch.stack(values)
+        return stacked.new_tensor(weights), stacked
 
     def __call__(self, params: Params) -> Tensor:
         """``L(θ)``, a scalar; transformable by ``torch.func`` when the data is one batch."""
-        self._count("losses", 1)
-        return self._mean(lambda fn: fn(params), lambda a, w, b: a + w * (b - a))
+        self.evaluations["losses"] += 1
+        return self._mean(lambda fn: self._ticked(fn, params), lambda a, w, b: a + w * (b - a))
 
     def value_and_grad(self, params: Params) -> tuple[Tensor, Params]:
         """``L(θ)`` and ``∇L(θ)``, detached."""
-        self._count("gradients", 1)
+        self.evaluations["gradients"] += 1
         return self._mean(
-            lambda fn: _value_and_grad(fn, params),
+            lambda fn: self._ticked(lambda x: _value_and_grad(fn, x), params),
             lambda a, w, b: (a[0] + w * (b[0] - a[0]), P.combine(1 - w, a[1], w, b[1])),
         )
 
@@ -114,11 +156,37 @@ class AbstractObjective(ABC):
         n = P.count(source)
         if n == 0:
             raise InputError("many() got an empty sequence of points; expected at least one")
-        self._count("losses", n)
-        return self._mean(
-            lambda fn: torch.cat([self._losses(fn, self._take(source, r)) for r in self._chunks(n)]),
-            lambda a, w, b: a + w * (b - a),
-        )
+        self.evaluations["losses"] += n
+        return self._mean(lambda fn: self._all_losses(fn, source), lambda a, w, b: a + w * (b - a))
+
+    def many_by_batch(self, source: Params | Sequence[Params]) -> tuple[Tensor, Tensor]:
+        """Weights ``[B]`` and the losses ``[B, n]`` of each batch at n points; their weighted mean is :meth:`many`."""
+        self.evaluations["losses"] += P.count(source)
+        return self._each(lambda term: self._all_losses(term.loss, source))
+
+    def forms_by_batch(
+        self, params: Params, source: Params | Sequence[Params], form: QuadraticForm
+    ) -> tuple[Tensor, Tensor]:
+        """Weights ``[B]`` and ``v_iᵀ A_b v_i [B, n]``: what depends on θ is built once per batch."""
+        self.evaluations["products"] += P.count(source)
+
+        def evaluate(term: Term) -> Tensor:
+            apply = form(term, params)
+            return torch.stack([self._ticked(apply, P.pick(source, i)) for i in range(P.count(source))])
+
+        return self._each(evaluate)
+
+    def _all_losses(self, fn: LossFunction, source: Params | Sequence[Params]) -> Tensor:
+        parts = []
+        for r in self._chunks(P.count(source)):
+            parts.append(self._losses(fn, self._take(source, r)))
+            self._tick(len(r))
+        return torch.cat(parts)
+
+    def _ticked(self, fn: Callable[[Params], Any], params: Params) -> Any:
+        result = fn(params)
+        self._tick(1)
+        return result
 
     def along(self, params: Params, v: Params, t: Tensor) -> Tensor:
         """``[L(θ + t_1 v), …, L(θ + t_n v)]``, shape ``[n]``; never n copies of θ at once."""
@@ -127,10 +195,13 @@ class AbstractObjective(ABC):
     def many_value_and_grad(self, source: Params | Sequence[Params]) -> tuple[Tensor, Params]:
         """Losses ``[n]`` and gradients, a batch ``[n]``; detached."""
         n = P.count(source)
-        self._count("gradients", n)
+        self.evaluations["gradients"] += n
 
         def evaluate(fn: LossFunction) -> tuple[Tensor, Params]:
-            parts = [self._grads(fn, self._take(source, r)) for r in self._chunks(n)]
+            parts = []
+            for r in self._chunks(n):
+                parts.append(self._grads(fn, self._take(source, r)))
+                self._tick(len(r))
             if len(parts) == 1:
                 return parts[0]
             values = torch.cat([v for v, _ in parts])
@@ -144,12 +215,13 @@ class AbstractObjective(ABC):
     def weighted_gradients(self, source: Params | Sequence[Params], weights: Tensor) -> Params:
         """``Σ_k W_jk ∇L(θ_k)`` for ``W`` of shape ``[m, n]``: a batch ``[m]``; one chunk of gradients is held."""
         n = P.count(source)
-        self._count("gradients", n)
+        self.evaluations["gradients"] += n
 
         def evaluate(fn: LossFunction) -> Params:
             total = None
             for r in self._chunks(n):
                 part = self._weighted(fn, self._take(source, r), weights[:, r.start : r.stop])
+                self._tick(len(r))
                 total = part if total is None else P.shift(total, part)
             assert total is not None
             return total
@@ -184,15 +256,15 @@ class AbstractObjective(ABC):
             terms = self._terms()
             first, second = next(terms, None), next(terms, None)
             if first is not None and second is None:
-                kept.append(gradient(first[1]))
+                kept.append(gradient(first.loss))
 
         def apply(v: Params) -> Params:
-            self._count("products", 1)
+            self.evaluations["products"] += 1
             if kept:
-                return product(kept[0], v)
+                return self._ticked(lambda v: product(kept[0], v), v)
             with torch.enable_grad():
                 return self._mean(
-                    lambda fn: product(gradient(fn), v), lambda a, w, b: P.combine(1 - w, a, w, b)
+                    lambda fn: self._ticked(lambda v: product(gradient(fn), v), v), lambda a, w, b: P.combine(1 - w, a, w, b)
                 )
 
         return apply
@@ -236,7 +308,7 @@ class FunctionObjective(AbstractObjective):
         self.fn = fn
 
     def _terms(self) -> Iterator[Term]:
-        yield 1.0, self.fn
+        yield Term(1.0, self.fn)
 
 
 def as_objective(objective: AbstractObjective | LossFunction) -> AbstractObjective:

@@ -65,8 +65,15 @@ class _ModuleObjective(AbstractObjective):
         return {**others, **given}
 
     def _loss(self, params: Params, x: Any, y: Any, keep: Callable[[Any], None] | None = None) -> Tensor:
+        return self._judged(self._output(params, x, keep), y)
+
+    def _output(self, params: Params, x: Any, keep: Callable[[Any], None] | None = None) -> Any:
+        """The module's output; inputs follow the parameters into another precision than the module's."""
+        tensors, dtype = self._tensors(params), P.first(params).dtype
+        if any(v.dtype != self._dtypes[k] for k, v in params.items()):
+            x = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
         try:
-            output = torch.func.functional_call(self.module, self._tensors(params), *arguments(x))
+            output = torch.func.functional_call(self.module, tensors, *arguments(x))
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise InputError(
@@ -76,6 +83,12 @@ class _ModuleObjective(AbstractObjective):
             raise
         if keep is not None:
             keep(tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output))
+        return output
+
+    def _judged(self, output: Any, y: Any) -> Tensor:
+        first = next((t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()), None)
+        if isinstance(y, Tensor) and y.is_floating_point() and first is not None and y.dtype != first.dtype:
+            y = y.to(first.dtype)
         loss = self.criterion(output, y)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -134,7 +147,18 @@ class Objective(_ModuleObjective):
 
     def _terms(self) -> Iterator[Term]:
         for x, y in self.batches:
-            yield float(batch_size(x)), lambda params, x=x, y=y: self._loss(params, x, y)  # type: ignore[misc]
+            yield Term(
+                float(batch_size(x)),
+                lambda params, x=x, y=y: self._loss(params, x, y),  # type: ignore[misc]
+                lambda params, x=x: self._output(params, x),  # type: ignore[misc]
+                lambda output, y=y: self._judged(output, y),  # type: ignore[misc]
+            )
+
+    def with_criterion(self, criterion: Callable[[Any, Any], Tensor]) -> Objective:
+        """The same network, data, statistics and engine under another criterion."""
+        other = Objective(self.module, criterion, self.batches, statistics=str(self.statistics), engine=self.engine)
+        other.on_evaluation, other._checked = self.on_evaluation, self._checked
+        return other
 
     def _session(self) -> AbstractContextManager[Any]:
         assert self.statistics is not None
@@ -191,7 +215,7 @@ class TrainingObjective(_ModuleObjective):
         self._random: dict[torch.device, Tensor] | None = None
 
     def _terms(self) -> Iterator[Term]:
-        yield 1.0, self._evaluate
+        yield Term(1.0, self._evaluate)
 
     def _evaluate(self, params: Params) -> Tensor:
         if self._random is None:

@@ -1,7 +1,8 @@
 """``(E_t |f(t)|^p)^{1/p}`` from values of f at fixed nodes, differentiable in those values.
 
-f is a loss rise along a line with ``f(0) = 0``. ``|f|^p`` has a kink at 0, so ``[−δ, 0]`` and ``[0, δ]`` are separate
-panels of Gauss–Legendre nodes. Where p is not even and f changes sign inside a panel, or where ``|f|^p`` has a higher
+f is a loss rise along a line with ``f(0) = 0``. ``|f|^p`` has a kink at 0, so negative and positive t are separate panels,
+each with the nodes of the law's own Gauss rule (Gauss–Legendre for the uniform law, half-range Hermite for the normal
+one). Where p is not even and f changes sign inside a panel, or where ``|f|^p`` has a higher
 degree than the nodes resolve, the polynomial through ``(0, 0)`` and the nodes is integrated instead, split at its
 roots: no extra evaluation of f. The error is estimated by the same formula on a subset of the nodes.
 """
@@ -25,14 +26,34 @@ VISIBLE = 1e-3
 
 
 class SegmentLaw(Protocol):
-    """A symmetric law of t: density of ``|t|`` on ``[0, reach]`` and ``E |t|^p``."""
+    """A symmetric law of t. Distances are in units of its reach: ``z = |t|/reach``.
+
+    Attributes:
+        reach: the unit of t: the largest ``|t|`` of a bounded law, the standard deviation of the normal one.
+        standard: the law of reach 1 of the same shape.
+        extent: the largest z that matters (1 for the uniform law).
+        is_bounded: whether z ends at ``extent`` (else the density has died out there).
+    """
 
     @property
     def reach(self) -> float: ...
 
-    def density(self, t: Tensor) -> Tensor: ...
+    @property
+    def standard(self) -> SegmentLaw: ...
 
-    def moment(self, p: float) -> float: ...
+    @property
+    def extent(self) -> float: ...
+
+    @property
+    def is_bounded(self) -> bool: ...
+
+    def density(self, t: Tensor) -> Tensor:
+        """Density of ``|t|``."""
+        ...
+
+    def moment(self, p: float) -> float:
+        """``E |t|^p``."""
+        ...
 
 
 @lru_cache(maxsize=64)
@@ -42,25 +63,55 @@ def gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
     return (x + 1) / 2, w / 2
 
 
+@lru_cache(maxsize=64)
+def law_rule(law: SegmentLaw, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss nodes z and weights (sum 1) for the density of ``|t|`` under a law of reach 1.
+
+    Exact for polynomials of degree ``2n − 1`` in z; by the Lanczos recurrence on a fine discretisation of the density
+    (Gautschi 1982), then the eigenvalues of the Jacobi matrix (Golub and Welsch 1969).
+    """
+    z, w = _fine(law)
+    basis = [np.sqrt(w / w.sum())]
+    alpha, beta = np.zeros(n), np.zeros(n)
+    for k in range(n):
+        image = z * basis[k]
+        alpha[k] = basis[k] @ image
+        for _ in range(2):
+            for b in basis:
+                image = image - (b @ image) * b
+        beta[k] = np.linalg.norm(image)
+        basis.append(image / beta[k])
+    nodes, vectors = np.linalg.eigh(np.diag(alpha) + np.diag(beta[: n - 1], 1) + np.diag(beta[: n - 1], -1))
+    return nodes, vectors[0] ** 2
+
+
+def _fine(law: SegmentLaw) -> tuple[np.ndarray, np.ndarray]:
+    """A dense discretisation of the density of z."""
+    x, w = gauss_legendre(200)
+    z = law.extent * x
+    return z, law.extent * w * np.array(law.density(torch.tensor(z)).tolist())
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Nodes in (0, 1) of one panel and interpolatory weights for the uniform density."""
+    """Nodes z of one panel and interpolatory weights for the law's density; ``edge`` is the last z that they show."""
 
     x: np.ndarray
     w: np.ndarray
+    edge: float = 1.0
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """``[2, m]``: near 0 and at 1, what the polynomial through (0, 0) and ``(x_j, f_j)`` shows of its sign.
+        """``[2, m]``: near 0 and at the edge, what the polynomial through (0, 0) and ``(z_j, f_j)`` shows of its sign.
 
         Near 0 that is its slope times 0.05: a change of sign at z adds ``O(slope·z²)`` only.
         """
-        tiny = 1e-6
+        tiny = 1e-6 * self.edge
         slope = self.interpolation(np.array([tiny]))[0] / tiny
-        return np.stack([0.05 * slope, self.interpolation(np.array([1.0]))[0]])
+        return np.stack([0.05 * slope, self.interpolation(np.array([self.edge]))[0]])
 
     def interpolation(self, z: np.ndarray) -> np.ndarray:
-        """``B [len(z), m]``: values at z of the polynomial through (0, 0) and ``(x_j, f_j)``."""
+        """``B [len(z), m]``: values at z of the polynomial through (0, 0) and ``(z_j, f_j)``."""
         nodes = np.concatenate([[0.0], self.x])
         out = np.ones((len(z), len(self.x)))
         for j in range(1, len(nodes)):
@@ -71,21 +122,27 @@ class Rule:
 
 
 @lru_cache(maxsize=64)
-def panel_rules(n: int) -> tuple[Rule, Rule]:
-    """The Gauss–Legendre rule with n nodes, and the embedded rule on the subset of n − 2 that weighs best."""
-    x, w = gauss_legendre(n)
-    best: tuple[float, Rule, list[int]] | None = None
+def panel_rules(law: SegmentLaw, n: int) -> tuple[Rule, Rule]:
+    """The law's Gauss rule with n nodes (law of reach 1), and the embedded rule on the subset of n − 2 that weighs best."""
+    x, w = law_rule(law, n)
+    z, fine = _fine(law)
+    middle, half = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
     for drop in combinations(range(n), 2):
-        keep = [i for i in range(n) if i not in drop]
-        vandermonde = np.vander(2 * x[keep] - 1, increasing=True).T
-        moments = np.array([0.0 if k % 2 else 1.0 / (k + 1) for k in range(len(keep))])
+        keep = x[[i for i in range(n) if i not in drop]]
+        vandermonde = np.vander((keep - middle) / half, increasing=True).T
+        moments = np.array([fine @ ((z - middle) / half) ** k for k in range(len(keep))])
         weights = np.linalg.solve(vandermonde, moments)
-        # positive weights, and nodes as evenly used as possible
+        # positive weights, as even as the full rule's
         badness = float(np.abs(weights).sum() - 1) + float(weights.var())
         if best is None or badness < best[0] - 1e-12:
-            best = (badness, Rule(x[keep], weights), keep)
+            best = (badness, keep, weights)
     assert best is not None
-    return Rule(x, w), best[1]
+
+    def edge(nodes: np.ndarray) -> float:
+        return law.extent if law.is_bounded else float(nodes[-1])
+
+    return Rule(x, w, edge(x)), Rule(best[1], best[2], edge(best[1]))
 
 
 def _subset(full: Rule, part: Rule) -> list[int]:
@@ -93,9 +150,9 @@ def _subset(full: Rule, part: Rule) -> list[int]:
 
 
 def _roots(values: Tensor, rule: Rule) -> list[float]:
-    """Sign changes in (0, 1) of the interpolating polynomial, by bisection between points of a grid."""
+    """Sign changes before the edge of the interpolating polynomial, by bisection between points of a grid."""
     f = np.array(values.detach().tolist())
-    grid = np.linspace(0.0, 1.0, 257)[1:]
+    grid = np.linspace(0.0, rule.edge, 257)[1:]
     at = rule.interpolation(grid) @ f
     cuts = np.nonzero(np.sign(at[1:]) * np.sign(at[:-1]) < 0)[0]
     roots = []
@@ -113,26 +170,25 @@ def _roots(values: Tensor, rule: Rule) -> list[float]:
 
 def _resampled(values: Tensor, rule: Rule, law: SegmentLaw, p: float, cuts: list[float]) -> Tensor:
     """``E |f|^p`` over one panel from the interpolating polynomial, panels cut at ``cuts``."""
-    n = min(256, max(24, math.ceil(p * len(rule.x) / 2) + 1))
+    n = min(256, max(24 if law.is_bounded else 64, math.ceil(p * len(rule.x) / 2) + 1))
     x, w = gauss_legendre(n)
-    edges = [0.0, *cuts, 1.0]
+    edges = [0.0, *cuts, law.extent]
     z = np.concatenate([a + (b - a) * x for a, b in pairwise(edges)])
     weights = np.concatenate([(b - a) * w for a, b in pairwise(edges)])
     matrix = values.new_tensor(rule.interpolation(z))
-    dense = values.new_tensor(weights) * law.density(values.new_tensor(z) * law.reach) * law.reach
+    dense = values.new_tensor(weights) * law.density(values.new_tensor(z))
     return dense @ (matrix @ values).abs() ** p
 
 
 def _panel_means(values: Tensor, rule: Rule, law: SegmentLaw, p: float) -> Tensor:
     """``E |f|^p`` per panel for ``values [..., m]`` (already scaled to at most 1): shape ``[...]``."""
     even = p % 2 == 0
-    x = values.new_tensor(rule.x)
-    weights = values.new_tensor(rule.w) * law.density(x * law.reach) * law.reach
-    direct = (weights * values.abs() ** p).sum(-1)
+    direct = (values.new_tensor(rule.w) * values.abs() ** p).sum(-1)
     # signs at the nodes, and of the interpolating polynomial just after 0 and at the far end
     seen = torch.cat([values.detach(), values.detach() @ values.new_tensor(rule.ends).T], -1)
     crossing = (seen.amax(-1) > VISIBLE) & (seen.amin(-1) < -VISIBLE)
-    redo = torch.ones_like(crossing) if p > len(rule.x) else crossing & (not even)
+    # beyond the last node of an unbounded law a high power of the polynomial says nothing
+    redo = torch.ones_like(crossing) if p > len(rule.x) and law.is_bounded else crossing & (not even)
     if not bool(redo.any()):
         return direct
     flat, result = values.reshape(-1, values.shape[-1]), direct.reshape(-1)
@@ -152,8 +208,8 @@ def check_nodes(nodes: int) -> None:
 
 
 def line_points(law: SegmentLaw, nodes: int) -> list[float]:
-    """The t at which f is evaluated: ``2·nodes`` of them, the negative half segment first."""
-    x, _ = gauss_legendre(nodes)
+    """The t at which f is evaluated: ``2·nodes`` of them, the negative ones first."""
+    x, _ = law_rule(law.standard, nodes)
     return [*(-law.reach * x).tolist(), *(law.reach * x).tolist()]
 
 
@@ -162,7 +218,8 @@ def power_norm(f: Tensor, law: SegmentLaw, p: float, nodes: int) -> tuple[Tensor
 
     ``S = M·(E (|f|/M)^p)^{1/p}`` with ``M = max|f|``, so that no power underflows; S = 0 has gradient 0.
     """
-    full, part = panel_rules(nodes)
+    law = law.standard
+    full, part = panel_rules(law, nodes)
     keep = _subset(full, part)
     panels = f.reshape(-1, 2, nodes)
     top = panels.detach().abs().amax((-1, -2))

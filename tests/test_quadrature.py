@@ -155,7 +155,7 @@ def test_items_of_a_batch_do_not_mix() -> None:
 
 @pytest.mark.parametrize("nodes", range(3, 17))
 def test_both_rules_have_positive_weights_and_their_degree(nodes: int) -> None:
-    full, part = panel_rules(nodes)
+    full, part = panel_rules(Uniform(1.0), nodes)
     assert len(full.x) == nodes and len(part.x) == nodes - 2
     assert set(part.x.tolist()) <= set(full.x.tolist())
     for rule, degree in ((full, 2 * nodes - 1), (part, nodes - 3)):
@@ -166,7 +166,7 @@ def test_both_rules_have_positive_weights_and_their_degree(nodes: int) -> None:
 
 
 def test_interpolation_reproduces_polynomials_through_zero() -> None:
-    rule, _ = panel_rules(5)
+    rule, _ = panel_rules(Uniform(1.0), 5)
     z = np.linspace(0, 1, 11)
     for k in range(1, 6):
         np.testing.assert_allclose(rule.interpolation(z) @ rule.x**k, z**k, rtol=1e-10, atol=1e-12)
