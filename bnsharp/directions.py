@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.checks import at_least, one_of, positive, whole
+from bnsharp.errors import InputError
 from bnsharp.geometry import Frame
 from bnsharp.laws import Law, Sphere
 from bnsharp.types import Found, Params, Scored
@@ -56,10 +57,10 @@ class Draw:
         return self.n
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
-        params, ball = frame.params, frame.ball
-        seeds, device = P.random_seeds(generator, self.n), P.first(params).device
+        like, ball = frame.like, frame.ball
+        seeds, device = P.random_seeds(generator, self.n), P.first(like).device
         return Found(
-            P.Lazy(self.n, lambda i: self.law(ball, params, P.seeded(seeds[i], device)))  # type: ignore[arg-type]
+            P.Lazy(self.n, lambda i: self.law(ball, like, P.seeded(seeds[i], device)))  # type: ignore[arg-type]
         )
 
 
@@ -74,6 +75,19 @@ class Given:
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         return Found(self.u if self.u.batch_size else P.batch(self.u))
+
+
+@dataclass(frozen=True)
+class Own:
+    """The parameters themselves: ``v = θ`` (``u = θ ⊘ s(θ)``, 0 where the scale is 0), for norms along θ."""
+
+    def cost(self) -> int:
+        return 1
+
+    def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
+        if frame.linear is not None:
+            raise InputError("a geometry with coordinates of its own does not hold θ; expected a diagonal scale")
+        return Found(P.batch(P.pmap(lambda p, s: p * P.safe_reciprocal(s), frame.params, frame.scale)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +166,7 @@ class Ascend:
         """The steepest start and the random ones: a batch ``[1 + restarts]``."""
 
         def sphere() -> Params:
-            return Sphere()(frame.ball, frame.params, generator)
+            return Sphere()(frame.ball, frame.like, generator)
 
         first = frame.steepest(score.slope(), sphere)
         if not self.restarts:

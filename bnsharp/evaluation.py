@@ -20,30 +20,9 @@ from torch import Tensor
 from bnsharp import params as P
 from bnsharp.checks import one_of, whole
 from bnsharp.errors import InputError
-from bnsharp.modes import math_attention
-from bnsharp.types import LossFunction, Params
+from bnsharp.forms import GradientGraph, QuadraticForm
+from bnsharp.types import LossFunction, Params, Term
 
-
-
-@dataclass(frozen=True)
-class Term:
-    """One batch of an objective.
-
-    Attributes:
-        weight: its share is ``weight / Σ weights`` (its number of examples).
-        loss: ``θ ↦ L_b(θ)``, the batch's mean loss.
-        output: ``θ ↦ z``, the network's output, where the loss is ``criterion(z)``; None for a plain function.
-        criterion: ``z ↦ L_b``.
-    """
-
-    weight: float
-    loss: LossFunction
-    output: Callable[[Params], Any] | None = None
-    criterion: Callable[[Any], Tensor] | None = None
-
-
-QuadraticForm = Callable[[Term, Params], Callable[[Params], Tensor]]
-"""``(term, θ) -> (v ↦ vᵀAv)``: a batch's quadratic form at θ."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +146,7 @@ class AbstractObjective(ABC):
     def forms_by_batch(
         self, params: Params, source: Params | Sequence[Params], form: QuadraticForm
     ) -> tuple[Tensor, Tensor]:
-        """Weights ``[B]`` and ``v_iᵀ A_b v_i [B, n]``: what depends on θ is built once per batch."""
+        """Weights ``[B]`` and ``v_iᵀ A_b v_i``, ``‖v_i‖‖A_b v_i‖``, ``[B, n, 2]``: what depends on θ is built once per batch."""
         self.evaluations["products"] += P.count(source)
 
         def evaluate(term: Term) -> Tensor:
@@ -233,39 +212,20 @@ class AbstractObjective(ABC):
 
         On a single batch the graph of the gradient is built once and reused by every product.
         """
-        leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
-        inputs = list(leaves.values())
-
-        def gradient(fn: LossFunction) -> Sequence[Tensor]:
-            with math_attention():
-                loss = fn(P.make(leaves))
-                return torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True, allow_unused=True)
-
-        def product(grads: Sequence[Tensor], v: Params) -> Params:
-            outputs = [g for g in grads if g.requires_grad]
-            if not outputs:
-                return P.zeros_like(v)
-            vectors = [v[k] for k, g in zip(leaves, grads, strict=True) if g.requires_grad]
-            hv = torch.autograd.grad(
-                outputs, inputs, vectors, retain_graph=True, materialize_grads=True, allow_unused=True
-            )
-            return P.make(dict(zip(leaves, hv, strict=True)))
-
-        kept: list[Any] = []
-        with torch.enable_grad(), self._session():
+        kept: list[GradientGraph] = []
+        with self._session():
             terms = self._terms()
             first, second = next(terms, None), next(terms, None)
             if first is not None and second is None:
-                kept.append(gradient(first.loss))
+                kept.append(GradientGraph(first.loss, params))
 
         def apply(v: Params) -> Params:
             self.evaluations["products"] += 1
             if kept:
-                return self._ticked(lambda v: product(kept[0], v), v)
-            with torch.enable_grad():
-                return self._mean(
-                    lambda fn: self._ticked(lambda v: product(gradient(fn), v), v), lambda a, w, b: P.combine(1 - w, a, w, b)
-                )
+                return self._ticked(kept[0].product, v)
+            return self._mean(
+                lambda fn: self._ticked(GradientGraph(fn, params).product, v), lambda a, w, b: P.combine(1 - w, a, w, b)
+            )
 
         return apply
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.checks import at_least, one_of, positive
+from bnsharp.errors import InputError
 from bnsharp.partition import Partition
 from bnsharp.types import Params
 
@@ -81,9 +82,25 @@ class Magnitude:
 
 
 class Scale(Protocol):
-    """``θ ↦ s(θ)``, tensors that broadcast against each parameter; differentiable in θ."""
+    """``θ ↦ s(θ)``, tensors that broadcast against each parameter; differentiable in θ: ``v = s(θ) ⊙ u``."""
 
     def __call__(self, params: Params) -> Params: ...
+
+
+class LinearMap(Protocol):
+    """``v = M(θ) u`` where M is no diagonal (:mod:`bnsharp.maps`); u has coordinates of its own."""
+
+    def like(self, params: Params) -> Params:
+        """A point in the shape of u."""
+        ...
+
+    def place(self, u: Params, params: Params) -> Params:
+        """``M(θ) u`` for one u, differentiable in θ."""
+        ...
+
+    def pull(self, g: Params, params: Params) -> Params:
+        """``M(θ)ᵀ g`` for one g."""
+        ...
 
 
 # ---------------------------------------------------------------- balls
@@ -233,14 +250,25 @@ AnyBall = PartitionBall | BoxBall
 
 @dataclass(frozen=True)
 class Geometry:
-    """A scale and a ball."""
+    """A scale (or another linear map of u) and a ball.
 
-    scale: Scale
+    Raises:
+        InputError: a map that is no diagonal with a groupwise ball.
+    """
+
+    scale: Scale | LinearMap
     ball: AnyBall
+
+    def __post_init__(self) -> None:
+        if not callable(self.scale) and isinstance(self.ball, GroupBall):
+            raise InputError("a geometry with coordinates of its own has no scale groups; expected a joint ball or a box")
 
     def place(self, u: Params, params: Params) -> Params:
         """``v = s(θ) ⊙ u``, differentiable in θ with u held fixed; u may be a batch ``[n]``."""
-        return P.pmap(lambda a, s: s * a, u, self.scale(params))
+        if callable(self.scale):
+            return P.pmap(lambda a, s: s * a, u, self.scale(params))
+        linear = self.scale
+        return _each(lambda item: linear.place(item, params), u)
 
     def moving(self, u: Params, gradient_v: Params, params: Params) -> Params:
         """``(∂v/∂θ)ᵀ ∂S/∂v`` with u held: for group norms ``⟨∂S/∂v_i, u_i⟩ θ_i/‖θ_i‖`` on group i."""
@@ -258,24 +286,47 @@ class Geometry:
 
 
 class Frame:
-    """A geometry at one θ: unit directions u stand for perturbations ``v = s(θ) ⊙ u``."""
+    """A geometry at one θ: unit directions u stand for perturbations ``v = s(θ) ⊙ u``.
+
+    Attributes:
+        params: θ.
+        like: a point in the shape of u (θ itself unless the geometry has coordinates of its own).
+        scale: ``s(θ)``; ones for a map that is no diagonal.
+    """
 
     def __init__(self, geometry: Geometry, params: Params):
         self.geometry, self.params, self.ball = geometry, params, geometry.ball
-        self.scale = geometry.scale(params)
+        self.linear = None if callable(geometry.scale) else geometry.scale
+        self.like = params if self.linear is None else self.linear.like(params)
+        if callable(geometry.scale):
+            self.scale = geometry.scale(params)
+        else:
+            self.scale = P.pmap(lambda p: p.new_ones((1,) * p.ndim), self.like)
 
     def place(self, u: Params, factor: float = 1.0) -> Params:
         """``v = factor · s(θ) ⊙ u``."""
+        if self.linear is not None:
+            linear = self.linear
+            return P.scaled(_each(lambda item: linear.place(item, self.params), u), factor)
+        return self._times(u, factor)
+
+    def _times(self, u: Params, factor: float) -> Params:
         if factor == 1.0:
             return P.pmap(lambda a, s: a * s, u, self.scale)
         return P.pmap(lambda a, s: a * (factor * s), u, self.scale)
 
     def points(self, u: Params, factor: float = 1.0) -> Params:
         """``θ + factor · v``, a batch ``[n]`` for a batch u."""
+        if self.linear is not None:
+            return P.shift(self.params, self.place(u, factor))
         return P.pmap(lambda p, a, s: torch.addcmul(p, a, s, value=factor), self.params, u, self.scale)
 
-    pull = place
-    """``∂/∂u = s(θ) ⊙ ∂/∂v``: the scale is diagonal, so that it is its own adjoint."""
+    def pull(self, g: Params, factor: float = 1.0) -> Params:
+        """``∂/∂u`` from ``∂/∂v``: the adjoint of :meth:`place`, which a diagonal scale is itself."""
+        if self.linear is not None:
+            linear = self.linear
+            return P.scaled(_each(lambda item: linear.pull(item, self.params), g), factor)
+        return self._times(g, factor)
 
     def steepest(self, g: Params, fill: Callable[[], Params]) -> Params:
         """``argmax_{u ∈ ball} ⟨g, u⟩`` for ``g = ∂L/∂u``; ``fill()`` where the gradient is negligible."""
@@ -284,7 +335,7 @@ class Frame:
     @cached_property
     def size(self) -> Tensor:
         """``√K``, K the number of groups (coordinates, for a box) that are perturbed: the length of u."""
-        return self.ball.count(self.scale, self.params).sqrt()
+        return self.ball.count(self.scale, self.like).sqrt()
 
     def uphill(self, u: Params, g: Params, rate: Tensor, ambient: bool = False) -> Params:
         """One Riemannian step of u ``[n]`` along the score's gradient ``g = ∂/∂u``, retracted onto the ball.
@@ -300,6 +351,11 @@ class Frame:
             norm, length = P.norm(slope), P.norm(self.place(u))
             move = P.pmap(lambda a, r: a * r, slope, inverse)  # back in unit coordinates
         return self.ball.retract(P.shift(u, P.times(P.safe_divide(rate * length, norm), move)))
+
+
+def _each(fn: Callable[[Params], Params], x: Params) -> Params:
+    """``fn`` of one point, or of each point of a batch ``[n]``."""
+    return P.stack([fn(P.pick(x, i)) for i in range(P.count(x))]) if x.batch_size else fn(x)
 
 
 def Euclidean(scale: float, ball: str = "joint") -> Geometry:

@@ -66,7 +66,8 @@ class Measure:
         found = self.search(anchor, generator)
         frame = self.geometry.at(params)
         v = P.Lazy(P.count(found.u), lambda i: frame.place(P.pick(found.u, i)))
-        values, errors = self.profile.evaluate(anchor, v)
+        known = self.profile.evaluate(anchor, v)
+        values, errors = known.values, known.errors
         if not bool(values.isfinite().all()):
             raise InputError(
                 f"the loss is not finite at {int((~values.isfinite()).sum())} of {len(values)} perturbed points; "

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from bnsharp import params as P
 from bnsharp.checks import one_of
 from bnsharp.errors import InputError
-from bnsharp.evaluation import AbstractObjective, Engine, Term
+from bnsharp.evaluation import AbstractObjective, Engine
 from bnsharp.modes import frozen_statistics, measuring
-from bnsharp.types import Params
+from bnsharp.types import Params, Term
 
 
 def batch_size(x: Any) -> int:

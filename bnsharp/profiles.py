@@ -1,6 +1,7 @@
 """Profiles: what is read off the loss along a perturbation v.
 
-``Rise`` is ``L(θ+v) − L(θ)``; ``Line`` is ``(E_t |L(θ+tv) − L(θ)|^p)^{1/p}``; ``Curvature`` is ``vᵀHv``. Each is a pure
+``Rise`` is ``L(θ+v) − L(θ)``; ``Line`` is ``(E_t |L(θ+tv) − L(θ)|^p)^{1/p}``; ``Curvature`` is ``vᵀHv`` and ``GaussNewton``
+``vᵀGv``. Each is a pure
 function ``(objective, θ, V [n]) -> Tensor [n]``. A profile's :meth:`secant` is its two-point form
 ``κ·sign·(∇L(θ+δv) − ∇L(θ))``, which costs one gradient beyond the one at θ.
 """
@@ -8,24 +9,29 @@ function ``(objective, θ, V [n]) -> Tensor [n]``. A profile's :meth:`secant` is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from bnsharp import params as P
 from bnsharp.checks import at_least
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is_transformed
+from bnsharp.forms import QuadraticForm, gauss_newton_form, hessian_form, output_form, parts_of
 from bnsharp.geometry import Frame
 from bnsharp.modes import math_attention
 from bnsharp.quadrature import SegmentLaw, check_nodes, line_points, power_norm
-from bnsharp.types import Params, Scored
+from bnsharp.types import Evaluated, Params, Scored, Term
 
 SEARCH_NODES = 4
 """Quadrature nodes on each half segment while searching: S is then off by 1e-4 or so, alike for all directions."""
+
+JACKKNIFE = 20
+"""Batches are left out in at most this many groups."""
 
 Source = Params | Sequence[Params]
 
@@ -38,6 +44,7 @@ class Anchor:
         self.objective, self.params = objective, params
         self._loss, self._gradient = loss, gradient
         self._hessian: Any = None
+        self._by_batch: Tensor | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -45,6 +52,16 @@ class Anchor:
             with torch.no_grad():
                 self._loss = self.objective(self.params)
         return self._loss
+
+    @property
+    def by_batch(self) -> Tensor:
+        """``L_b(θ) [B]``."""
+        if self._by_batch is None:
+            with torch.no_grad():
+                weights, losses = self.objective.many_by_batch([self.params])
+            self._by_batch = losses[:, 0]
+            self._loss = _mean(weights, self._by_batch)
+        return self._by_batch
 
     @property
     def gradient(self) -> Params:
@@ -67,8 +84,12 @@ class Profile(ABC):
         """Values ``[n]``, an ordinary differentiable function of θ and v."""
 
     @abstractmethod
-    def evaluate(self, anchor: Anchor, v: Source) -> tuple[Tensor, Tensor]:
+    def evaluate(self, anchor: Anchor, v: Source) -> Evaluated:
         """Values ``[n]`` and numerical errors ``[n]``, without gradients and with one loss held at a time."""
+
+    def expansion(self, anchor: Anchor) -> tuple[float, float]:
+        """``(c₁, c₂)``: for small v the value is at most ``c₁|⟨v, ∇L⟩| + c₂|vᵀHv|`` up to third order (Minkowski)."""
+        raise InputError(f"{type(self).__name__} has no second-order expansion; expected a rise, line or curvature")
 
     @abstractmethod
     def differentiate(
@@ -95,6 +116,20 @@ class Profile(ABC):
     def absolute(self) -> bool:
         """Whether the profile measures ``|f|`` rather than f."""
         return False
+
+
+def _mean(weights: Tensor, x: Tensor) -> Tensor:
+    """Weighted mean over dimension 0; a single batch is returned unchanged."""
+    return x[0] if len(x) == 1 else torch.tensordot(weights / weights.sum(), x, dims=1)
+
+
+def _left_out(weights: Tensor, x: Tensor) -> list[Tensor]:
+    """Weighted means over dimension 0 with one group of batches left out: none for a single batch."""
+    if len(x) == 1:
+        return []
+    count = min(len(x), JACKKNIFE)
+    member = torch.arange(len(x), device=x.device) * count // len(x)
+    return [_mean(weights[member != g], x[member != g]) for g in range(count)]
 
 
 def rounding(loss: Tensor) -> Tensor:
@@ -125,11 +160,18 @@ class Sampled(Profile):
         n, t, points = self._grid(params, v)
         return self.combine(objective(params).expand(n), objective.many(points).reshape(n, len(t)))[0]
 
-    def evaluate(self, anchor: Anchor, v: Source) -> tuple[Tensor, Tensor]:
+    def evaluate(self, anchor: Anchor, v: Source) -> Evaluated:
         n, t, points = self._grid(anchor.params, v)
         with torch.no_grad():
-            losses = anchor.objective.many(points).reshape(n, len(t))
-            return self.combine(anchor.loss.expand(n), losses)
+            base = anchor.by_batch  # [B]
+            weights, losses = anchor.objective.many_by_batch(points)
+            both = torch.cat([base[:, None], losses], 1)  # [B, 1 + nK]
+
+            def values(mean: Tensor) -> tuple[Tensor, Tensor]:
+                return self.combine(mean[0].expand(n), mean[1:].reshape(n, len(t)))
+
+            rest = [values(mean)[0] for mean in _left_out(weights, both)]
+            return Evaluated(*values(_mean(weights, both)), torch.stack(rest) if rest else None)
 
     def differentiate(
         self, anchor: Anchor, v: Source, theta: bool = False
@@ -186,6 +228,10 @@ class Rise(Sampled):
             raise InputError("a rise relative to 1 + L has no two-point form; use gradient='exact'")
         return 1.0, 1.0
 
+    def expansion(self, anchor: Anchor) -> tuple[float, float]:
+        size = 1 + float(anchor.loss) if self.relative else 1.0
+        return 1 / size, 0.5 / size
+
 
 @dataclass(frozen=True)
 class Line(Sampled):
@@ -229,6 +275,10 @@ class Line(Sampled):
         """``κ = (E|t|^p)^{1/p}/δ``, δ the reach of the law: ``(p+1)^{−1/p}`` for the uniform law."""
         return self.law.moment(self.p) ** (1 / self.p) / self.law.reach, self.law.reach
 
+    def expansion(self, anchor: Anchor) -> tuple[float, float]:
+        """``f = a t + ½ q t² + …``: ``((E|t|^p)^{1/p}, ½ (E t^{2p})^{1/p})``."""
+        return self.law.moment(self.p) ** (1 / self.p), 0.5 * self.law.moment(2 * self.p) ** (1 / self.p)
+
 
 @dataclass(frozen=True)
 class Curvature(Profile):
@@ -250,15 +300,11 @@ class Curvature(Profile):
 
         return torch.stack([second(P.pick(v, i)) for i in range(P.count(v))])
 
-    def evaluate(self, anchor: Anchor, v: Source) -> tuple[Tensor, Tensor]:
-        values, errors = [], []
-        for i in range(P.count(v)):
-            direction = P.pick(v, i)
-            product = anchor.hessian(direction)
-            values.append(P.dot(direction, product))
-            eps = torch.finfo(values[-1].dtype).eps
-            errors.append(8 * eps * P.norm(direction) * P.norm(product))
-        return torch.stack(values), torch.stack(errors)
+    def evaluate(self, anchor: Anchor, v: Source) -> Evaluated:
+        return _evaluate_form(anchor, v, hessian_form)
+
+    def expansion(self, anchor: Anchor) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def differentiate(
         self, anchor: Anchor, v: Source, theta: bool = False
@@ -283,6 +329,65 @@ class Curvature(Profile):
         return P.scaled(P.combine(1.0, outer, -2.0, anchor.gradient), P.safe_divide(torch.ones_like(h), h * h))
 
 
+def _evaluate_form(anchor: Anchor, v: Source, form: QuadraticForm) -> Evaluated:
+    weights, both = anchor.objective.forms_by_batch(anchor.params, v, form)  # [B, n, 2]
+    mean, rest = _mean(weights, both.detach()), [x[:, 0] for x in _left_out(weights, both.detach())]
+    errors = 8 * torch.finfo(mean.dtype).eps * mean[:, 1]
+    return Evaluated(mean[:, 0], errors, torch.stack(rest) if rest else None)
+
+
+@dataclass(frozen=True)
+class GaussNewton(Profile):
+    """``vᵀ G v``, ``G = E Jᵀ(∇²_z ℓ)J`` the Gauss–Newton matrix of the network's output z.
+
+    For cross-entropy G is the model's Fisher information, so that ``v = θ`` gives the Fisher–Rao norm (Liang et al.
+    2019, definition 2). As a penalty ``J v`` is a central difference of outputs with a step of ``ε^{1/3}``, since
+    ``batch_norm`` has no third derivative; its relative error is about ``ε^{2/3}``.
+    """
+
+    def __call__(self, objective: AbstractObjective | LossFunction, params: Params, v: Source) -> Tensor:
+        objective = as_objective(objective)
+        weights, values = objective.forms_by_batch(params, v, _difference_form)
+        return _mean(weights, values)[:, 0]
+
+    def evaluate(self, anchor: Anchor, v: Source) -> Evaluated:
+        return _evaluate_form(anchor, v, gauss_newton_form)
+
+    def differentiate(
+        self, anchor: Anchor, v: Source, theta: bool = False
+    ) -> tuple[Tensor, Tensor, Params, Params | None]:
+        known, rows, thetas = self.evaluate(anchor, v), [], []
+        for i in range(P.count(v)):
+            d = {k: x.detach().requires_grad_() for k, x in P.pick(v, i).items()}
+            leaves = {k: x.detach().requires_grad_() for k, x in anchor.params.items()}
+            with torch.enable_grad():
+                value = self(anchor.objective, P.make(leaves), [P.make(d)])[0]
+            grads = torch.autograd.grad(
+                value, [*d.values(), *leaves.values()], allow_unused=True, materialize_grads=True
+            )
+            rows.append(P.make(dict(zip(d, grads[: len(d)], strict=True))))
+            thetas.append(P.make(dict(zip(leaves, grads[len(d) :], strict=True))))
+        return known.values, known.errors, P.stack(rows), P.stack(thetas) if theta else None
+
+
+def _difference_form(term: Term, params: Params) -> Callable[[Params], Tensor]:
+    """The Gauss–Newton form with ``J v ≈ (z(θ+hv) − z(θ−hv))/(2h)``: differentiable in θ and v by one backward pass."""
+    output, _ = parts_of(term)
+
+    def form(v: Params) -> Tensor:
+        size = P.norm(v).detach()
+        h = torch.finfo(size.dtype).eps ** (1 / 3) * P.safe_divide(1 + P.norm(params).detach(), size)
+        middle = output(params)
+        z, up, down = (
+            tree_flatten(a)[0] for a in (middle, output(P.shift(params, v, h)), output(P.shift(params, v, -h)))
+        )
+        floating = [i for i, a in enumerate(z) if isinstance(a, Tensor) and a.is_floating_point()]
+        value = output_form(term, middle, floating, [(up[i] - down[i]) / (2 * h) for i in floating])
+        return torch.stack([value, value.detach().abs()])
+
+    return form
+
+
 def _grad(value: Tensor, leaves: dict[str, Tensor]) -> Params:
     """Gradient that can be differentiated again; zeros where the value does not depend on a leaf."""
     if not value.requires_grad:
@@ -305,8 +410,8 @@ class ExactScore:
         """Scores; ``last`` leaves out ``∂/∂u``, which no step needs any more."""
         v = self.frame.place(u)
         if last and not self.keep:
-            values, errors = self.profile.evaluate(self.anchor, v)
-            return Scored(values, None, P.make({"error": errors}, (len(values),)))
+            known = self.profile.evaluate(self.anchor, v)
+            return Scored(known.values, None, P.make({"error": known.errors}, (len(known.values),)))
         values, errors, d_v, d_theta = self.profile.differentiate(self.anchor, v, theta=self.keep)
         extra: dict[str, Any] = {"error": errors}
         if self.keep:

@@ -30,6 +30,41 @@ State = dict[str, Tensor]
 """What a regulariser carries from step to step: tensors only, so that it can be checkpointed."""
 
 
+LossFunction = Callable[[Params], Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One batch of an objective.
+
+    Attributes:
+        weight: its share is ``weight / Σ weights`` (its number of examples).
+        loss: ``θ ↦ L_b(θ)``, the batch's mean loss.
+        output: ``θ ↦ z``, the network's output, where the loss is ``criterion(z)``; None for a plain function.
+        criterion: ``z ↦ L_b``.
+    """
+
+    weight: float
+    loss: LossFunction
+    output: Callable[[Params], Any] | None = None
+    criterion: Callable[[Any], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Values of a profile for ``n`` directions.
+
+    Attributes:
+        values: ``[n]``.
+        errors: numerical errors ``[n]``.
+        left_out: ``[G, n]``, the values with one G-th of the batches left out; None for a single batch.
+    """
+
+    values: Tensor
+    errors: Tensor
+    left_out: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A measured sharpness with its errors.
@@ -110,6 +145,3 @@ class Step:
     state: State
     ratio: Tensor
     output: Any = None
-
-
-LossFunction = Callable[[Params], Tensor]

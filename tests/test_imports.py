@@ -24,10 +24,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks",),  # of arguments: needed everywhere
     ("params", "checkpoint", "schedules", "quadrature"),  # the last three know numbers and files, no parameters
     ("partition", "modes"),  # sums over groups; switches of a live module: below whatever evaluates or groups
+    ("forms",),  # quadratic forms of one batch
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
-    ("objective", "groups", "geometry", "laws", "reduce"),
-    ("profiles",),
-    ("directions",),
+    ("objective", "groups", "geometry", "maps", "laws", "reduce"),
+    ("profiles", "channels"),  # channels: who writes and reads them, found by probing
+    ("directions", "transformations"),  # maps of parameters that keep the function: of groups and channels
     ("measures",),
     ("regularizers",),
     ("loop", "algorithms"),  # one regularised step; regularisers by name: what a trainer repeats
