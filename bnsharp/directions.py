@@ -21,6 +21,7 @@ from bnsharp import params as P
 from bnsharp.checks import at_least, one_of, positive, whole
 from bnsharp.errors import InputError
 from bnsharp.geometry import Frame
+from bnsharp.lanczos import top_eigenpair
 from bnsharp.laws import Law, Sphere
 from bnsharp.types import Found, Params, Scored
 
@@ -265,7 +266,7 @@ RULES: dict[str, Rule] = {"riemannian": _riemannian, "power": _power, "alternate
 
 @dataclass(frozen=True)
 class Lanczos:
-    """The largest eigenvalue of ``M`` for a quadratic score ``uᵀMu`` on a joint ball (full reorthogonalisation).
+    """The largest eigenvalue of ``M`` for a quadratic score ``uᵀMu`` on a joint ball (:mod:`bnsharp.lanczos`).
 
     ``error`` of what it finds is the residual ``‖M u − λ u‖``: an eigenvalue lies within it. It stops when the residual
     is below ``tolerance·|λ|`` or after ``iterations`` products, all basis vectors being kept.
@@ -282,36 +283,9 @@ class Lanczos:
         return self.iterations + 1
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
-        params = frame.params
-        q = Sphere()(frame.ball, params, generator)
-        alphas: list[Tensor] = []
-        betas: list[Tensor] = []
-        basis: list[Params] = []
-        for _ in range(min(self.iterations, P.numel(params))):
-            basis.append(q)
-            w = P.scaled(P.pick(score(P.batch(q)).gradient, 0), 0.5)
-            alphas.append(P.dot(q, w))
-            for _ in range(2):  # twice is enough (Kahan, Parlett)
-                for b in basis:
-                    w = P.combine(1.0, w, -P.dot(b, w), b)
-            beta = P.norm(w)
-            values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
-            residual = (beta * vectors[-1, -1]).abs()
-            scale = values.abs().max()
-            if residual <= self.tolerance * values[-1].abs() or beta <= 1e-14 * scale:
-                break
-            betas.append(beta)
-            q = P.scaled(w, 1 / beta)
-        u = P.zeros_like(params)
-        for c, b in zip(vectors[:, -1], basis, strict=True):
-            u = P.combine(1.0, u, c, b)
-        u = P.batch(P.scaled(u, 1 / P.norm(u)))
-        return Found(u, error=float(residual))
+        def apply(q: Params) -> Params:
+            return P.scaled(P.pick(score(P.batch(q)).gradient, 0), 0.5)
 
-
-def _tridiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
-    matrix = torch.diag(torch.stack(alphas).double())
-    if betas:
-        off = torch.stack(betas[: len(alphas) - 1]).double()
-        matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
-    return matrix
+        start = Sphere()(frame.ball, frame.like, generator)
+        top = top_eigenpair(apply, start, self.iterations, self.tolerance)
+        return Found(P.batch(top.vector), error=top.residual)

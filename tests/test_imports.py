@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
     ("checks",),  # of arguments: needed everywhere
     ("params", "checkpoint", "schedules", "quadrature"),  # the last three know numbers and files, no parameters
-    ("partition", "modes"),  # sums over groups; switches of a live module: below whatever evaluates or groups
+    ("partition", "modes", "lanczos"),  # sums over groups; switches of a live module: below whatever evaluates or groups
     ("forms",),  # quadratic forms of one batch
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
