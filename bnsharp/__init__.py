@@ -9,7 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnsharp import algorithms, data, directions, geometry, laws, measures, models, profiles, reduce, regularizers
+    from bnsharp import (
+        algorithms,
+        data,
+        directions,
+        geometry,
+        laws,
+        measures,
+        models,
+        profiles,
+        reduce,
+        regularizers,
+        transformations,
+    )
     from bnsharp.errors import DivergedError, InputError
     from bnsharp.evaluation import Engine
     from bnsharp.groups import ScaleGroups, scale_groups
@@ -42,12 +54,13 @@ _HOME = {
 }
 _MODULES = (
     "algorithms", "data", "directions", "geometry", "laws", "measures", "models", "profiles", "reduce", "regularizers",
+    "transformations",
 )
 
 __all__ = [
     "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "ScaleGroups", "Step",
     "Trainer", "algorithms", "backward", "data", "directions", "exact_norms", "geometry", "laws", "measures", "models",
-    "parameters", "profiles", "reduce", "regularizers", "scale_groups",
+    "parameters", "profiles", "reduce", "regularizers", "scale_groups", "transformations",
 ]
 
 
