@@ -4,8 +4,8 @@ With ``M = SHS`` in unit coordinates (S the scale) and K balls ``‖u_i‖ ≤ 1
 
     max_u uᵀMu  ≤  Σ_i w_i + K·λ_max(M − D_w),
 
-``D_w`` multiplying ball i by ``w_i``: convex in w, at the cost of an extreme eigenvalue per evaluation. For directions on
-the spheres every w is allowed. At ``w_i = ⟨u_i, (Mu)_i⟩`` of a true maximiser λ_max is often 0: the maximum is certified.
+``D_w`` multiplying ball i by ``w_i``: convex in w, at the cost of an extreme eigenvalue per evaluation. For directions
+on the spheres every w is allowed. At ``w_i = ⟨u_i, (Mu)_i⟩`` of a true maximiser λ_max is often 0: it is certified.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def upper_bound(
 ) -> float | None:
     """An upper bound of the profile's maximum over the ball, None where the second-order term does not rule.
 
-    By Minkowski ``value(v) ≤ c₁|⟨v, ∇L⟩| + c₂|vᵀHv|`` up to third order (:meth:`Profile.expansion`): the first term is at
-    most ``c₁ Σ_i ‖(∂L/∂u)_i‖``, the second at most c₂ times the larger of the bounds for M and −M. Their sum is given,
-    plus the deviation of the value from its second-order prediction along u, if the first is below ``FIRST_ORDER`` and
-    the last below ``HIGHER_ORDER`` of the value.
+    By Minkowski ``value(v) ≤ c₁|⟨v, ∇L⟩| + c₂|vᵀHv|`` up to third order (:meth:`Profile.expansion`): the first term
+    is at most ``c₁ Σ_i ‖(∂L/∂u)_i‖``, the second at most c₂ times the larger of the bounds for M and −M. Their sum is
+    given, plus the deviation of the value from its second-order prediction along u, if the first is below
+    ``FIRST_ORDER`` and the last below ``HIGHER_ORDER`` of the value.
     """
     ball = frame.ball
     if not isinstance(ball, PartitionBall) or not value > 0:

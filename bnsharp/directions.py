@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -37,11 +37,29 @@ class SearchScore(Protocol):
 class Directions(Protocol):
     """``(score, frame, generator) -> Found``, the frame being the geometry at θ."""
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the directions are independent draws, of which there could be more."""
+        ...
+
+    def times(self, factor: int) -> Directions:
+        """``factor`` times as many draws, the first ones the same; itself where nothing is drawn."""
+        ...
+
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found: ...
 
     def cost(self) -> int:
         """Directions tried, at most: for progress displays."""
         ...
+
+
+class Fixed:
+    """What directions that are no draws have in common."""
+
+    is_drawn: ClassVar[bool] = False
+
+    def times(self, factor: int) -> Self:
+        return self
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,11 @@ class Draw:
 
     def __post_init__(self) -> None:
         whole("draws", self.n)
+
+    is_drawn: ClassVar[bool] = True
+
+    def times(self, factor: int) -> Draw:
+        return replace(self, n=factor * self.n)
 
     def cost(self) -> int:
         return self.n
@@ -66,7 +89,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Fixed):
     """Directions given in unit coordinates: a batch ``[n]`` or one point."""
 
     u: Params
@@ -79,7 +102,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Own:
+class Own(Fixed):
     """The parameters themselves: ``v = θ`` (``u = θ ⊘ s(θ)``, 0 where the scale is 0), for norms along θ."""
 
     def cost(self) -> int:
@@ -116,7 +139,7 @@ Rule = Callable[["Ascend", Climb, Frame], Params]
 
 
 @dataclass(frozen=True)
-class Ascend:
+class Ascend(Fixed):
     """Search for the sharpest direction on the sphere of the geometry's ball, keeping the best one seen.
 
     Start: ``argmax_u ⟨∂L/∂u, u⟩`` ("steepest", Yi et al. 2019, eq. 6), random for groups whose gradient is negligible;
@@ -192,10 +215,12 @@ class Ascend:
             history.append(float(climb.best_scored.value.max()))
             if self._settled(history):
                 break
+        restarts = climb.best_scored.value
         if self.polish:
             ends = [_polish(score, frame, climb.select(i[None]), self.polish) for i in torch.arange(climb.count)]
+            restarts = torch.cat([end.best_scored.value for end in ends])
             climb = max(ends, key=lambda end: float(end.best_scored.value))
-        return Found(climb.best, climb.best_scored)
+        return Found(climb.best, climb.best_scored, restarts=tuple(restarts.tolist()))
 
     def _settled(self, history: list[float]) -> bool:
         recent = history[self.screen :][-6:]
@@ -265,7 +290,7 @@ RULES: dict[str, Rule] = {"riemannian": _riemannian, "power": _power, "alternate
 
 
 @dataclass(frozen=True)
-class Lanczos:
+class Lanczos(Fixed):
     """The largest eigenvalue of ``M`` for a quadratic score ``uᵀMu`` on a joint ball (:mod:`bnsharp.lanczos`).
 
     ``error`` of what it finds is the residual ``‖M u − λ u‖``: an eigenvalue lies within it. It stops when the residual

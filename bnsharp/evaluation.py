@@ -24,7 +24,6 @@ from bnsharp.forms import GradientGraph, QuadraticForm
 from bnsharp.types import LossFunction, Params, Term
 
 
-
 @dataclass(frozen=True)
 class Engine:
     """How n points are evaluated: one after the other, or ``chunk`` at a time by ``torch.func.vmap``.
@@ -68,7 +67,7 @@ class AbstractObjective(ABC):
         self.engine = Engine(engine) if isinstance(engine, str) else engine
         self.evaluations: Counter[str] = Counter()
         self.on_evaluation: Callable[[int], None] | None = None
-        """Called with the number of losses, gradients or products just evaluated on one batch: for progress displays."""
+        """Called with the number of losses, gradients or products just evaluated on a batch: for progress displays."""
         self.batches_seen = 0
         """Batches in the last full pass, 0 before the first."""
         self.weight_seen = 0.0
@@ -146,7 +145,7 @@ class AbstractObjective(ABC):
     def forms_by_batch(
         self, params: Params, source: Params | Sequence[Params], form: QuadraticForm
     ) -> tuple[Tensor, Tensor]:
-        """Weights ``[B]`` and ``v_iᵀ A_b v_i``, ``‖v_i‖‖A_b v_i‖``, ``[B, n, 2]``: what depends on θ is built once per batch."""
+        """Weights ``[B]`` and ``v_iᵀ A_b v_i``, ``‖v_i‖‖A_b v_i‖``, ``[B, n, 2]``: θ's part is built once per batch."""
         self.evaluations["products"] += P.count(source)
 
         def evaluate(term: Term) -> Tensor:

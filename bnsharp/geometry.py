@@ -19,7 +19,7 @@ from torch import Tensor
 from bnsharp import params as P
 from bnsharp.checks import at_least, one_of, positive
 from bnsharp.errors import InputError
-from bnsharp.partition import Partition
+from bnsharp.partition import Group, Partition
 from bnsharp.types import Params
 
 NEGLIGIBLE = 1e-12
@@ -33,6 +33,30 @@ class Groups(Protocol):
     def partition(self) -> Partition: ...
 
     def partition_with(self, params: Params, rest: str = "tensor") -> Partition: ...
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Each output filter (row) of a parameter with two or more dimensions is a group; the rest is in none."""
+
+    @property
+    def partition(self) -> Partition:
+        return Partition(())
+
+    def partition_with(self, params: Params, rest: str = "tensor") -> Partition:
+        return Partition(tuple(Group("row", (k,), p.shape[0]) for k, p in params.items() if p.ndim >= 2))
+
+
+@dataclass(frozen=True)
+class Together:
+    """All parameters are one group."""
+
+    @property
+    def partition(self) -> Partition:
+        return Partition(())
+
+    def partition_with(self, params: Params, rest: str = "tensor") -> Partition:
+        return Partition.joint(params.keys())
 
 
 # ---------------------------------------------------------------- scales
@@ -261,7 +285,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if not callable(self.scale) and isinstance(self.ball, GroupBall):
-            raise InputError("a geometry with coordinates of its own has no scale groups; expected a joint ball or a box")
+            raise InputError("a map with coordinates of its own has no scale groups; expected a joint ball or a box")
 
     def place(self, u: Params, params: Params) -> Params:
         """``v = s(θ) ⊙ u``, differentiable in θ with u held fixed; u may be a batch ``[n]``."""

@@ -17,7 +17,7 @@ from bnsharp.errors import InputError
 from bnsharp.types import Params
 
 KEPT = 20_000_000
-"""Entries of a random basis up to which it is kept; a larger one is drawn again, column by column, for every product."""
+"""Entries of a random basis up to which it is kept; a larger one is drawn again for every product."""
 
 
 @dataclass(frozen=True)

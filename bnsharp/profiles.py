@@ -1,7 +1,7 @@
 """Profiles: what is read off the loss along a perturbation v.
 
-``Rise`` is ``L(θ+v) − L(θ)``; ``Line`` is ``(E_t |L(θ+tv) − L(θ)|^p)^{1/p}``; ``Curvature`` is ``vᵀHv`` and ``GaussNewton``
-``vᵀGv``. Each is a pure
+``Rise`` is ``L(θ+v) − L(θ)``; ``Line`` is ``(E_t |L(θ+tv) − L(θ)|^p)^{1/p}``; ``Curvature`` is ``vᵀHv`` and
+``GaussNewton`` ``vᵀGv``. Each is a pure
 function ``(objective, θ, V [n]) -> Tensor [n]``. A profile's :meth:`secant` is its two-point form
 ``κ·sign·(∇L(θ+δv) − ∇L(θ))``, which costs one gradient beyond the one at θ.
 """

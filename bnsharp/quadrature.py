@@ -1,9 +1,9 @@
 """``(E_t |f(t)|^p)^{1/p}`` from values of f at fixed nodes, differentiable in those values.
 
-f is a loss rise along a line with ``f(0) = 0``. ``|f|^p`` has a kink at 0, so negative and positive t are separate panels,
-each with the nodes of the law's own Gauss rule (Gauss–Legendre for the uniform law, half-range Hermite for the normal
-one). Where p is not even and f changes sign inside a panel, or where ``|f|^p`` has a higher
-degree than the nodes resolve, the polynomial through ``(0, 0)`` and the nodes is integrated instead, split at its
+f is a loss rise along a line with ``f(0) = 0``. ``|f|^p`` has a kink at 0, so negative and positive t are separate
+panels, each with the nodes of the law's own Gauss rule (Gauss–Legendre for the uniform law, half-range Hermite for the
+normal one). Where p is not even and f changes sign inside a panel, or where ``|f|^p`` has a higher degree than the
+nodes resolve, the polynomial through ``(0, 0)`` and the nodes is integrated instead, split at its
 roots: no extra evaluation of f. The error is estimated by the same formula on a subset of the nodes.
 """
 
@@ -123,7 +123,7 @@ class Rule:
 
 @lru_cache(maxsize=64)
 def panel_rules(law: SegmentLaw, n: int) -> tuple[Rule, Rule]:
-    """The law's Gauss rule with n nodes (law of reach 1), and the embedded rule on the subset of n − 2 that weighs best."""
+    """The law's Gauss rule with n nodes (law of reach 1), and the embedded rule on n − 2 of them."""
     x, w = law_rule(law, n)
     z, fine = _fine(law)
     middle, half = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2

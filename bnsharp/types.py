@@ -67,12 +67,12 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured sharpness with its errors.
+    """A measured sharpness with its errors, and what it was taken on.
 
     Attributes:
         value: the measure, in units of the loss (of loss per squared step for curvature measures).
-        stderr: standard error over random draws; 0.0 when nothing was drawn.
-        error: numerical error: embedded quadrature, rounding of loss differences, eigenvalue residual.
+        stderr: standard error over random draws; 0.0 when nothing was drawn, infinite from a single draw.
+        error: numerical error of the value: embedded quadrature, rounding, eigenvalue residual, bracket width.
         upper: an upper bound of a searched maximum, or None where none is known.
         direction: ``v`` in parameter space that attains a searched maximum, or None.
         unit: the same direction in the geometry's unit coordinates, ``v = s(θ) ⊙ unit``.
@@ -80,6 +80,16 @@ class Estimate:
         evaluations: gradients and losses evaluated, ``{"gradients": …, "losses": …, "products": …}``.
         statistics: ``"batch"`` or ``"running"``; None for an objective without normalizers' statistics.
         batch_size: examples in one batch, None for a plain function.
+        stderr_data: standard error over the data's batches as a sample of other batches of the same size (jackknife,
+            at most 20 groups of batches, directions held); None for a single batch.
+        draws: random draws that the value is a mean over, 0 for a search.
+        restarts: the best value of each start that a search followed to its end (in its own score), in order.
+        examples, batches: what the loss is a mean over; examples is None for a plain function.
+        precision: ``"float64"``, ``"float32"``, …: what the value was computed in.
+        promoted: whether the precision was raised because rounding errors were too large for the value.
+        engine: how losses at several points were evaluated.
+        converged: whether a target error was met, or a search for a radius ended inside its bracket; None if neither.
+        confidence: level of :attr:`interval`.
     """
 
     value: float
@@ -92,6 +102,44 @@ class Estimate:
     evaluations: dict[str, int] = field(default_factory=dict)
     statistics: str | None = None
     batch_size: int | None = None
+    stderr_data: float | None = None
+    draws: int = 0
+    restarts: tuple[float, ...] = ()
+    examples: int | None = None
+    batches: int = 1
+    precision: str = ""
+    promoted: bool = False
+    engine: str = ""
+    converged: bool | None = None
+    confidence: float = 0.95
+
+    @property
+    def half_width(self) -> float:
+        """``t·stderr + error``, t the Student quantile for ``effective samples − 1`` degrees of freedom."""
+        if self.stderr == 0.0:
+            return self.error
+        return student(self.confidence, self.effective_samples - 1) * self.stderr + self.error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """A confidence interval of the measure on this data: sampling over draws, widened by the numerical error."""
+        return self.value - self.half_width, self.value + self.half_width
+
+    @property
+    def spread(self) -> float | None:
+        """How far the median start of a search stayed below the best, relative to it; None below two starts."""
+        if len(self.restarts) < 2 or not max(self.restarts) > 0:
+            return None
+        ordered = sorted(self.restarts)
+        n = len(ordered)
+        return 1 - (ordered[(n - 1) // 2] + ordered[n // 2]) / 2 / ordered[-1]
+
+
+def student(confidence: float, freedom: float) -> float:
+    """Two-sided Student quantile; infinite without a degree of freedom."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + confidence) / 2, freedom)) if freedom > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -117,11 +165,13 @@ class Found:
         u: unit directions, a batch ``[n]`` or a sequence made on demand.
         scored: the scores of those directions where they are known already (searches), else None.
         error: numerical error of the search itself (an eigenvalue residual), 0.0 if it has none.
+        restarts: the best score of each start that was followed to its end.
     """
 
     u: Any
     scored: Scored | None = None
     error: float = 0.0
+    restarts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

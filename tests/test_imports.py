@@ -23,12 +23,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
     ("checks",),  # of arguments: needed everywhere
     ("params", "checkpoint", "schedules", "quadrature"),  # the last three know numbers and files, no parameters
-    ("partition", "modes", "lanczos"),  # sums over groups; switches of a live module: below whatever evaluates or groups
+    ("partition", "modes", "lanczos"),  # sums over groups; switches of a live module; eigenpairs
     ("forms",),  # quadratic forms of one batch
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
     ("profiles", "channels"),  # channels: who writes and reads them, found by probing
     ("directions", "transformations"),  # maps of parameters that keep the function: of groups and channels
+    ("bounds",),  # of searched maxima
+    ("estimation",),  # the four slots put together
+    ("composites",),  # measures that are functions over measures
     ("measures",),
     ("regularizers",),
     ("loop", "algorithms"),  # one regularised step; regularisers by name: what a trainer repeats
