@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,15 @@ LOG_EVERY = 10.0
 """Seconds between two lines of a plain log."""
 
 
+WIDE = 130
+"""Columns where the output is no terminal and nothing says how wide it is."""
+
+
 def console() -> Console:
     """Standard output."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    is_terminal = sys.stdout.isatty()
+    width = None if is_terminal or "COLUMNS" in os.environ else WIDE
+    return Console(soft_wrap=not is_terminal, width=width)
 
 
 class Bar:
@@ -90,7 +97,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     """A rich table: the first column left, the others right unless told otherwise."""
     made = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if right and i else "left", overflow="fold")
+        made.add_column(name, justify="right" if right and i else "left", overflow="fold", no_wrap=not i)
     for row in rows:
         made.add_row(*row)
     return made

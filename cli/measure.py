@@ -21,9 +21,20 @@ def measure(
                      "or of one: gaussian.draws=500"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="the model that a bare checkpoint holds")] = None,
-    examples: Annotated[int | None, typer.Option(help="training examples measured on, as one batch (all)")] = None,
+    examples: Annotated[int | None, typer.Option(help="the first so many training examples (default: all)")] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="examples per batch; the data is streamed, each batch with its own statistics")
+    ] = 2000,
     statistics: Annotated[str, typer.Option(help="normalizers' statistics: batch or running")] = "batch",
     precision: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
+    promote: Annotated[
+        bool, typer.Option(help="take a float32 value again in float64 when its rounding error is too large for it")
+    ] = True,
+    target_error: Annotated[
+        float | None,
+        typer.Option(help="sample on until the 95% interval's half width is at most this fraction of the value"),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="several points by loop or by vmap")] = "loop",
     exact: Annotated[bool, typer.Option("--exact-norms", help="with every normalizer's eps negligible")] = False,
     seed: Annotated[int, typer.Option(help="of draws, random starts and untrained networks")] = 0,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
@@ -31,26 +42,62 @@ def measure(
     """Measure the sharpness of a network on its training data, with sampling and numerical errors."""
     from bnsharp.checkpoint import to_json
     from bnsharp.cli.display import console, load_progress, number, progress, table
-    from bnsharp.experiments.measuring import measure_all, options_for
+    from bnsharp.experiments.measuring import Setting, measure_each, options_for
     from bnsharp.experiments.sources import open_source
 
     names = list(dict.fromkeys(measures or DEFAULT))
     options = options_for(names, set_ or [])
+    setting = Setting(
+        examples=examples, batch_size=batch_size, statistics=statistics, precision=precision, promote=promote,
+        exact=exact, seed=seed, target=target_error, engine=engine,
+    )
     opened = open_source(source, data=data, model=model, seed=seed, progress=load_progress("reading images"))
+    results: dict[str, Any] = {}
+    stopped = False
     with progress("measuring", 0, "evaluations") as bar:
-        results: dict[str, Any] = measure_all(
-            opened.module, opened.data, options, examples=examples, statistics=statistics, precision=precision,
-            exact=exact, seed=seed, on_start=bar.start, on_measure=bar.note, advance=bar.advance,
-        )
+        try:
+            for name, record in measure_each(opened.module, opened.data, options, setting, bar):
+                results[name] = record
+                if record["interrupted"]:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            stopped = True
     if json:
         print(to_json(results))
-        return
-    rows = [
-        (name, number(r["value"], 6), number(r["stderr"], 2), number(r["error"], 2), number(r["upper"], 6),
-         f"{r['seconds']:.1f}")
-        for name, r in results.items()
+    elif results:
+        console().print(table(_title(source, results), COLUMNS, [_row(n, r, number) for n, r in results.items()]))
+    if stopped:
+        typer.echo(f"bnsharp: stopped; {len(results)} of {len(names)} measures were taken"
+                   + _partly(results), err=True)
+        raise typer.Exit(130)
+
+
+COLUMNS = ("measure", "value", "± 95%", "numerical", "data", "upper", "s", "")
+"""± 95%: half width of the interval, sampling and numerical; data: standard error over batches."""
+
+
+def _row(name: str, record: dict[str, Any], number: Any) -> tuple[str, ...]:
+    notes = [
+        *(["promoted to float64"] if record["promoted"] else []),
+        *(["not converged"] if record["converged"] is False else []),
+        *([f"{record['draws']} draws"] if record["interrupted"] else []),
+        *([f"{record['effective_samples']:.0f} effective draws"]
+          if record["effective_samples"] < 0.5 * record["draws"] else []),
     ]
+    return (
+        name, number(record["value"], 5), number(record["half_width"], 2), number(record["error"], 2),
+        number(record["stderr_data"], 2), number(record["upper"], 5), f"{record['seconds']:.1f}", ", ".join(notes),
+    )
+
+
+def _title(source: str, results: dict[str, Any]) -> str:
     first = next(iter(results.values()))
-    title = (f"{source}: {first['batch_size']} examples, {first['statistics']} statistics, {precision}"
-             f"{', exact norms' if exact else ''}")
-    console().print(table(title, ("measure", "value", "± sampling", "± numerical", "upper", "seconds"), rows))
+    batches = f" in {first['batches']} batches of {first['batch_size']}" if first["batches"] > 1 else ""
+    exact = ", exact norms" if first["exact_norms"] else ""
+    return (f"{source}: {first['examples']} examples{batches}, {first['statistics']} statistics, "
+            f"{first['precision']}{exact}")
+
+
+def _partly(results: dict[str, Any]) -> str:
+    partly = [f"{name} from {r['draws']} draws" for name, r in results.items() if r["interrupted"]]
+    return f", {partly[0]}" if partly else ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from torch import nn
 
 from bnsharp import measures
 from bnsharp import params as P
-from bnsharp.checks import suggest
+from bnsharp.checks import one_of, suggest
 from bnsharp.data import ImageData
 from bnsharp.errors import InputError
 from bnsharp.experiments.config import parse_setting
-from bnsharp.experiments.run import objective_of, probe_batch
+from bnsharp.experiments.run import MEASURED_AT_ONCE, objective_of, probe_batch
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.modes import exact_norms
-from bnsharp.types import Params
+from bnsharp.objective import Objective
+from bnsharp.types import Estimate, Params
 
 
 @dataclass(frozen=True)
@@ -130,32 +131,72 @@ def options_for(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict
     return chosen
 
 
-def measure_all(
-    module: nn.Module,
-    data: ImageData,
-    options: dict[str, dict[str, Any]],
-    *,
-    examples: int | None = None,
-    statistics: str = "batch",
-    precision: str = "float64",
-    exact: bool = False,
-    seed: int = 0,
-    on_start: Callable[[int], None] = lambda total: None,
-    on_measure: Callable[[str], None] = lambda name: None,
-    advance: Callable[[int], None] = lambda n: None,
-) -> dict[str, Any]:
-    """The named measures of a network on its training data: value, stderr, error, upper, seconds and on what.
+@dataclass(frozen=True)
+class Setting:
+    """On what and how measures are taken.
 
-    ``on_start`` is told about how many evaluations there will be, ``advance`` of each, ``on_measure`` the name begun.
+    Attributes:
+        examples: the first so many training examples, all by default.
+        batch_size: examples per batch; the data is streamed batch by batch.
+        statistics: of normalizers, ``"batch"`` or ``"running"``.
+        precision: ``"float64"`` or ``"float32"``.
+        promote: whether a float32 value with too large a rounding error is taken again in float64.
+        exact: with every normalizer's eps negligible.
+        seed: of draws and random starts.
+        target: relative half width of the interval to sample to; None takes each measure's own number of draws.
+        engine: ``"loop"`` or ``"vmap"``.
+
+    Raises:
+        InputError: an unknown precision.
+    """
+
+    examples: int | None = None
+    batch_size: int = MEASURED_AT_ONCE
+    statistics: str = "batch"
+    precision: str = "float64"
+    promote: bool = True
+    exact: bool = False
+    seed: int = 0
+    target: float | None = None
+    engine: str = "loop"
+
+    def __post_init__(self) -> None:
+        one_of("precision", self.precision, DTYPES)
+
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+class Quiet:
+    """What a measurement tells its caller: nothing. Subclass it, or pass an object with these methods."""
+
+    def start(self, total: int) -> None:
+        """About how many evaluations on a batch there will be."""
+
+    def note(self, text: str) -> None:
+        """The measure begun, and its value so far."""
+
+    def advance(self, n: int) -> None:
+        """So many evaluations are done."""
+
+
+def measure_each(
+    module: nn.Module, data: ImageData, options: dict[str, dict[str, Any]], setting: Setting, show: Any = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(name, record)`` of each measure as it is finished: value, errors, seconds, and what it was taken on.
+
+    Interrupted by Ctrl-C, it gives the record of the draws done so far, marked ``interrupted``, and then stops with
+    :class:`KeyboardInterrupt`.
 
     Raises:
         InputError: bad options, a network that does not take the data.
     """
-    dtypes = {"float64": torch.float64, "float32": torch.float32}
-    if precision not in dtypes:
-        raise InputError(f"precision={precision!r}; expected float64 or float32")
-    objective = objective_of(module, data, examples, statistics=statistics, dtype=dtypes[precision])
-    theta = P.pmap(lambda p: p.to(dtypes[precision]), P.parameters(module))
+    show = Quiet() if show is None else show
+    objective = objective_of(
+        module, data, setting.examples, statistics=setting.statistics, dtype=DTYPES[setting.precision],
+        batch_size=setting.batch_size, engine=setting.engine,
+    )
+    theta = P.pmap(lambda p: p.to(DTYPES[setting.precision]), P.parameters(module))
     needed = any(measures.MEASURES[name].needs_groups for name in options)
     try:
         groups = scale_groups(module, probe_batch(data)) if needed else None
@@ -165,20 +206,50 @@ def measure_all(
         raise InputError(f"{type(module).__name__} does not take {data.name}'s inputs of shape {data.input_shape} and "
                          f"{len(data.classes)} classes ({str(error).splitlines()[0][:100]})") from error
     built = {name: measures.build_measure(name, groups, **chosen) for name, chosen in options.items()}
-    results: dict[str, Any] = {}
-    on_start(sum(measure.cost() for measure in built.values()))
-    objective.on_evaluation = advance
-    with exact_norms(module) if exact else nullcontext():
-        for name, measure in built.items():
-            on_measure(name)
-            started = time.perf_counter()
-            estimate = measure(objective, theta, P.seeded(seed, P.first(theta).device))
-            results[name] = {
-                "value": estimate.value, "stderr": estimate.stderr, "error": estimate.error, "upper": estimate.upper,
-                "seconds": time.perf_counter() - started, "statistics": estimate.statistics,
-                "batch_size": estimate.batch_size, "precision": precision, "exact_norms": exact,
-                "evaluations": estimate.evaluations,
-                "options": {**measures.MEASURES[name].options(), **options[name]},
-            }
-            advance(max(0, measure.cost() - sum(estimate.evaluations.values())))
-    return results
+    show.start(sum(measure.cost() for measure in built.values()) * objective.batches_seen)
+    objective.on_evaluation = show.advance
+    for name, measure in built.items():
+        given = {**measures.MEASURES[name].options(), **options[name]}
+        yield name, _record(name, measure, objective, theta, setting, show) | {"options": given}
+
+
+def _record(
+    name: str, measure: measures.Measured, objective: Objective, theta: Params, setting: Setting, show: Any
+) -> dict[str, Any]:
+    show.note(name)
+    so_far: list[Estimate] = []
+
+    def keep(estimate: Estimate) -> None:
+        so_far[:] = [estimate]
+        if setting.target is not None:
+            show.note(f"{name} {estimate.value:.4g} ± {estimate.half_width:.1g}")
+
+    started, interrupted = time.perf_counter(), False
+    sampling = measures.Sampling(setting.target, setting.promote, keep)
+    with exact_norms(objective.module) if setting.exact else nullcontext():
+        try:
+            estimate = measure(objective, theta, P.seeded(setting.seed, P.first(theta).device), sampling)
+        except KeyboardInterrupt:
+            if not so_far:
+                raise
+            estimate, interrupted = so_far[0], True
+    seconds = time.perf_counter() - started
+    show.advance(max(0, measure.cost() - sum(estimate.evaluations.values())) * objective.batches_seen)
+    return record_of(estimate) | {"seconds": seconds, "exact_norms": setting.exact, "interrupted": interrupted}
+
+
+def record_of(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as plain values: all of it but the direction."""
+    left_out = ("direction", "unit")
+    plain = {f.name: getattr(estimate, f.name) for f in fields(estimate) if f.name not in left_out}
+    return plain | {
+        "half_width": estimate.half_width, "interval": list(estimate.interval), "spread": estimate.spread,
+    }
+
+
+def measure_all(
+    module: nn.Module, data: ImageData, options: dict[str, dict[str, Any]], setting: Setting = Setting(),
+    show: Any = None,
+) -> dict[str, Any]:
+    """:func:`measure_each` to its end."""
+    return dict(measure_each(module, data, options, setting, show))

@@ -15,7 +15,7 @@ from bnsharp import Objective, parameters
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, load
 from bnsharp.errors import DivergedError, InputError
 from bnsharp.experiments.config import RunConfig, make_config
-from bnsharp.experiments.measuring import measure_all, options_for
+from bnsharp.experiments.measuring import Setting, measure_all, options_for
 from bnsharp.experiments.run import criterion, load_state, objective_of, prepare, read_run, train
 from bnsharp.experiments.sources import open_source
 from bnsharp.trainer import evaluate
@@ -237,13 +237,14 @@ def test_measures_come_with_errors_and_on_what_they_were_taken(finished):
     options = options_for(["bn_sharpness", "gaussian"], ["steps=1", "gaussian.draws=3"])
     assert options == {"bn_sharpness": {"steps": 1}, "gaussian": {"draws": 3}}
     before = tree(finished)
-    results = measure_all(net, data, options, examples=64, statistics="running", precision="float32", exact=True)
+    setting = Setting(examples=64, statistics="running", precision="float32", promote=False, exact=True)
+    results = measure_all(net, data, options, setting)
     for name, result in results.items():
         assert {"value", "stderr", "error", "upper", "seconds", "statistics", "batch_size"} <= set(result), name
         assert (result["statistics"], result["batch_size"], result["precision"]) == ("running", 64, "float32")
         assert math.isfinite(result["value"]) and result["stderr"] >= 0 and result["error"] >= 0
         assert result["options"] | options[name] == result["options"]
-    again = measure_all(net, data, options, examples=64, statistics="running", precision="float32", exact=True)
+    again = measure_all(net, data, options, setting)
     assert [r["value"] for r in again.values()] == [r["value"] for r in results.values()]
     assert tree(finished) == before
 
@@ -271,5 +272,5 @@ def test_unknown_measures_and_options_are_refused_in_one_line(names, settings, w
 def test_bad_measurements_are_refused_in_one_line(finished, options, settings, word):
     _, net, data = read_run(finished)
     with pytest.raises(InputError) as caught:
-        measure_all(net, data, options, **settings)
+        measure_all(net, data, options, Setting(**settings))
     assert word in one_line(caught.value)
