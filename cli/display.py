@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -95,7 +96,7 @@ class _PlainLog:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> Table:
     """A rich table: the first column left, the others right unless told otherwise."""
-    made = Table(title=title, title_justify="left")
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if right and i else "left", overflow="fold", no_wrap=not i)
     for row in rows:

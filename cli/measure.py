@@ -65,7 +65,9 @@ def measure(
     if json:
         print(to_json(results))
     elif results:
-        console().print(table(_title(source, results), COLUMNS, [_row(n, r, number) for n, r in results.items()]))
+        rows = [_row(n, r, number) for n, r in results.items()]
+        width = len(COLUMNS) if any(row[-1] for row in rows) else len(COLUMNS) - 1
+        console().print(table(_title(source, results), COLUMNS[:width], [row[:width] for row in rows]))
     if stopped:
         typer.echo(f"bnsharp: stopped; {len(results)} of {len(names)} measures were taken"
                    + _partly(results), err=True)
