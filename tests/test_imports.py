@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"bnsharp": "bnsharp", "bnsharp.cli": "cli", "bnsharp.experiments": "experiments"}
+FOLDERS = {
+    "bnsharp": "bnsharp", "bnsharp.cli": "cli", "bnsharp.experiments": "experiments",
+    "bnsharp.testing": "bnsharp/testing",
+}
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
@@ -79,6 +82,7 @@ def own(module: str) -> set[str]:
 
 CORE = sorted(m.removeprefix("bnsharp.") for m in SOURCES if m.count(".") == 1 and m not in FOLDERS)
 OUTER = sorted(m for m in SOURCES if m.startswith(("bnsharp.cli", "bnsharp.experiments")))
+KIT = sorted(m for m in SOURCES if m.startswith("bnsharp.testing"))
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -95,6 +99,18 @@ def test_a_module_imports_only_lower_layers(name):
 
 def test_every_layer_is_a_file():
     assert {*RANK, *FEED} <= set(CORE)
+
+
+@pytest.mark.parametrize("module", KIT)
+def test_the_conformance_kit_knows_the_core_alone(module):
+    """It ranks above the trainer: it may import every layer, and no module of the core may import it."""
+    for other in own(module):
+        assert other.startswith("bnsharp.testing.") or other.removeprefix("bnsharp.") in RANK, other
+
+
+def test_the_conformance_kit_has_no_cycles():
+    graph = {m: {o for o in own(m) if o in KIT and o not in FOLDERS} for m in KIT if m not in FOLDERS}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize("module", [m for m in OUTER if m.startswith("bnsharp.experiments")])
@@ -177,7 +193,7 @@ def constants(node: ast.AST) -> Iterator[object]:
             yield inner.value
 
 
-@pytest.mark.parametrize("module", ["bnsharp.trainer", "bnsharp.loop", *OUTER])
+@pytest.mark.parametrize("module", ["bnsharp.trainer", "bnsharp.loop", *OUTER, *KIT])
 def test_nothing_compares_with_the_name_of_an_algorithm_or_measure(module):
     """If the trainer or a command asks for a name, the slot is wrong."""
     found = []
