@@ -62,7 +62,7 @@ class ScaleRescaling(Transformation):
     """
 
     name: ClassVar[str] = "rescaling"
-    groups: ScaleGroups = ScaleGroups()  # noqa: RUF009 (frozen)
+    groups: ScaleGroups = ScaleGroups()
     low: float = 0.1
     high: float = 10.0
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from bnsharp.cli import demo, listing, measure, train
+from bnsharp.cli import demo, invariance, listing, measure, train
 
 app = typer.Typer(
     name="bnsharp",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("measure")(measure.measure)
+app.command("invariance")(invariance.invariance)
 app.command("list")(listing.listing)
 
 
