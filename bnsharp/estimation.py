@@ -256,7 +256,7 @@ class _Run:
         upper = upper_bound(
             self.measure.profile, self.anchor, self.frame, unit, estimate.value, self.generator, self.measure.certify
         )
-        return replace(estimate, upper=upper)
+        return replace(estimate, upper=None if upper is None else max(upper, estimate.value))
 
     def rounding(self) -> float | None:
         """Rounding error of the value: ``CHECKED`` times the largest difference to float64 at a few directions.

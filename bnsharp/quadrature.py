@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bnsharp.checks import whole
 
-VISIBLE = 1e-3
-"""A change of sign matters where f exceeds this fraction of ``max|f|`` on both sides: less adds under 1e-6 to S."""
+VISIBLE = 3e-3
+"""A change of sign matters where f exceeds this fraction of ``E|f|`` on both sides: less adds under 1e-6 to S."""
 
 
 class SegmentLaw(Protocol):
@@ -186,7 +186,8 @@ def _panel_means(values: Tensor, rule: Rule, law: SegmentLaw, p: float) -> Tenso
     direct = (values.new_tensor(rule.w) * values.abs() ** p).sum(-1)
     # signs at the nodes, and of the interpolating polynomial just after 0 and at the far end
     seen = torch.cat([values.detach(), values.detach() @ values.new_tensor(rule.ends).T], -1)
-    crossing = (seen.amax(-1) > VISIBLE) & (seen.amin(-1) < -VISIBLE)
+    visible = VISIBLE * (values.detach().abs() @ values.new_tensor(np.abs(rule.w)))
+    crossing = (seen.amax(-1) > visible) & (seen.amin(-1) < -visible)
     # beyond the last node of an unbounded law a high power of the polynomial says nothing
     redo = torch.ones_like(crossing) if p > len(rule.x) and law.is_bounded else crossing & (not even)
     if not bool(redo.any()):
