@@ -151,12 +151,12 @@ class Matrix:
         """The transformations that apply somewhere."""
         return [t for t in self.found.values() if t.sites]
 
-    def build(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, measures.Measure]:
+    def build(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, measures.Measured]:
         """Measures by name with cheap settings, where ``options`` do not say otherwise."""
         groups = self.found["rescaling"].groups  # type: ignore[attr-defined]
         return {k: measures.build_measure(k, groups, **{**cheap_options(k), **o}) for k, o in options.items()}
 
-    def cost(self, measure: measures.Measure) -> int:
+    def cost(self, measure: measures.Measured) -> int:
         """About how many evaluations a row takes: for progress displays."""
         return measure.cost() * (1 + self.draws * len(self.applicable))
 
@@ -182,7 +182,7 @@ class Matrix:
             }
         return Row(size, 0.0, 0.0, cells, {}, time.perf_counter() - started)
 
-    def row(self, measure: measures.Measure, options: dict[str, Any]) -> Row:
+    def row(self, measure: measures.Measured, options: dict[str, Any]) -> Row:
         """One measure at θ and at every transformed network, with the same seed."""
         started = time.perf_counter()
         with self._norms():
@@ -196,7 +196,7 @@ class Matrix:
     def _norms(self) -> AbstractContextManager[Any]:
         return exact_norms(self.module) if self.exact else nullcontext()
 
-    def _measured(self, measure: measures.Measure, params: Params) -> Estimate:
+    def _measured(self, measure: measures.Measured, params: Params) -> Estimate:
         return measure(self.objective, params, P.seeded(self.seed, P.first(params).device))
 
     def _outputs(self, params: Params) -> Tensor:
