@@ -60,6 +60,9 @@ class ImageData:
         mean, std: float32 ``[C]``, of the training images in units of x/255; std is 1 for a constant channel.
         augmentation: what :meth:`train_batch` does to training images.
         noisy: bool ``[N]``, training examples whose label was replaced at random; None if none ever was.
+
+    Raises:
+        InputError: a label that is no index into ``classes``.
     """
 
     name: str
@@ -72,6 +75,17 @@ class ImageData:
     std: Tensor
     augmentation: Augmentation = Augmentation()
     noisy: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for part, labels in (("training", self.train_labels), ("test", self.test_labels)):
+            if labels.is_meta or not len(labels):  # without values
+                continue
+            low, high = (int(value) for value in labels.aminmax())
+            if low < 0 or high >= len(self.classes):
+                raise InputError(
+                    f"{self.name} has {part} labels from {low} to {high} and {len(self.classes)} classes; expected "
+                    f"labels from 0 to {len(self.classes) - 1}: check the data's files"
+                )
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -230,6 +244,8 @@ def load(
         (pool, test, classes), name = _read_folder(folder, size, progress), folder.resolve().name
         augmentation, default = Augmentation(flip=True, crop=pool[0].shape[2] // 8), None
 
+    if not len(pool[1]) or (test is not None and not len(test[1])):
+        raise InputError(f"{name} holds no images; expected at least one for training and one for testing")
     order = stratified_order(pool[1], _stream(seed, _SPLIT))
     most = len(order) - (test is None)
     kept = train_size or default or most
@@ -261,10 +277,10 @@ def _torchvision(
     make = getattr(torchvision.datasets, dataset)
     try:
         parts = [make(root, split, download=download) for split in splits]
-    except (OSError, RuntimeError) as error:  # no network, no permission, a missing or damaged archive
+    except Exception as error:  # no network, no permission, a file missing or damaged: it can fail in any way
         raise InputError(
-            f"{dataset} is not in {root} ({' '.join(str(error).split())}); expected its files there: allow download "
-            "on a machine with network, or let root or BNSHARP_DATA name the folder that has them"
+            f"{dataset} cannot be read from {root} ({' '.join(str(error).split())}); expected its files there: "
+            "allow download on a machine with network, or let root or BNSHARP_DATA name the folder that has them"
         ) from error
     axes = f"{layout} -> n {'c' if 'c' in layout else '1'} h w"
     train, test = (

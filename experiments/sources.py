@@ -1,8 +1,8 @@
-"""What a command can measure: a run folder, a checkpoint, or a network of torchvision or timm."""
+"""What a command can measure: a run folder, a file of weights, or a network of torchvision or timm."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnsharp.checkpoint import CONFIG, load
-from bnsharp.checks import suggest
+from bnsharp.checkpoint import CONFIG
+from bnsharp.checks import suggest, unknown
 from bnsharp.data import ImageData
 from bnsharp.errors import InputError
 from bnsharp.experiments.config import make_config
-from bnsharp.experiments.run import load_data, load_state, read_run
-from bnsharp.models import build
+from bnsharp.experiments.run import load_data, read_run
+from bnsharp.experiments.weights import READERS, fit_weights, read_weights, require_finite
+from bnsharp.models import MODELS, build
+from bnsharp.modes import measuring
 
 
 @dataclass(frozen=True)
@@ -37,58 +39,145 @@ def open_source(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
-    """Open a run folder, a checkpoint (beside its config.json or with ``model``), ``torchvision:NAME``, ``timm:NAME``.
+    """Open what a user names, and see that the network takes the data.
+
+    Args:
+        source: a run folder; a run's checkpoint (beside its ``config.json``); any file of weights
+            (:func:`bnsharp.experiments.weights.read_weights`), with ``model``; or ``torchvision:NAME`` or
+            ``timm:NAME``, the library's own network with untrained weights drawn from ``seed``.
+        data, data_options: a data set or image folder; a run's own by default.
+        model, model_options: the network that a file of weights holds: one of :data:`bnsharp.models.MODELS`,
+            ``torchvision:NAME`` or ``timm:NAME``, built with as many outputs as the data has classes.
+        seed: of untrained weights and of the data's split.
+        progress: called with images decoded so far and their total.
 
     Raises:
-        InputError: nothing there, data or model missing, a checkpoint that does not fit, a pickle of code.
+        InputError: nothing there; data or model missing or unknown; weights that are damaged, hold code, do not fit
+            the network or are not finite; a network that does not take the data, or has fewer outputs than classes.
     """
-    kind, _, name = source.partition(":")
-    if kind in LIBRARIES and name:
-        return Source(LIBRARIES[kind](name, seed), _data(source, data, data_options, seed, progress))
-    path = Path(source)
-    if path.is_dir() or (path.is_file() and (path.parent / CONFIG).is_file() and model is None):
+    opened = _open(source, data, data_options, model, model_options or {}, seed, progress)
+    require_finite(opened.module.state_dict(), source)
+    _require_fit(opened)
+    return opened
+
+
+def _open(
+    source: str, data: str | None, data_options: dict[str, Any] | None, model: str | None,
+    model_options: dict[str, Any], seed: int, progress: Callable[[int, int], None] | None,
+) -> Source:
+    def read(seed: int = seed) -> ImageData:
+        if data is None:
+            raise InputError(f"{source!r} says nothing of its data; expected --data NAME or --data FOLDER")
+        return load_data(make_config({"data": data, "data_options": data_options or {}, "seed": seed}), progress)
+
+    path, library = Path(source), _library(source)
+    if model is not None and (library or path.is_dir()):
+        raise InputError(f"{source} says itself what network it is; expected no --model beside it (got {model!r})")
+    if library:
+        images = read()
+        return Source(library(seed, model_options), images)
+    if path.is_dir() or (path.is_file() and _is_checkpoint(path) and model is None):
         config, module, own = read_run(path if path.is_dir() else path.parent, None if path.is_dir() else path)
-        return Source(module, own if data is None else _data(source, data, data_options, config.split_seed, progress))
+        return Source(module, own if data is None else read(config.split_seed))
     if not path.is_file():
         raise InputError(f"{source!r}: expected a run folder, a checkpoint, torchvision:NAME or timm:NAME")
     if model is None:
-        raise InputError(f"{source} lies beside no {CONFIG}; expected --model NAME to say what network it holds")
-    images = _data(source, data, data_options, seed, progress)
-    module = build(model, images.input_shape, len(images.classes), seed=seed, **(model_options or {}))
-    payload = load(path)
-    load_state(module, payload.get("module", payload), source)
+        raise InputError(f"{source} says nothing of its network; expected --model NAME to say what network it holds")
+    build_model = _model(model)
+    weights = read_weights(path)
+    images = read()
+    module = build_model(images, seed, model_options)
+    fit_weights(module, weights, source)
     return Source(module, images)
 
 
-def _data(source: str, data: str | None, options: dict[str, Any] | None, seed: int,
-          progress: Callable[[int, int], None] | None) -> ImageData:
-    if data is None:
-        raise InputError(f"{source!r} says nothing of its data; expected --data NAME or --data FOLDER")
-    return load_data(make_config({"data": data, "data_options": options or {}, "seed": seed}), progress)
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file is one that a run wrote: beside its configuration, and no other program's format."""
+    return (path.parent / CONFIG).is_file() and path.suffix.lower() not in READERS
 
 
-def _torchvision(name: str, seed: int) -> nn.Module:
+def _require_fit(source: Source) -> None:
+    """Raise :class:`InputError` unless two images go through the network and come out as logits of every class."""
+    module, data = source.module, source.data
+    images = data.normalize(data.train_images[:2])
+    try:
+        with torch.no_grad(), measuring(module, "running"):
+            output = module(images.to(next(module.parameters()).device))
+    except Exception as error:  # foreign networks refuse inputs in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise InputError(
+            f"{type(module).__name__} does not take {data.name}'s inputs of shape {data.input_shape} ({reason}); "
+            "expected a network for such images: choose another, or resize the data"
+        ) from error
+    shape = list(getattr(output, "shape", ()))
+    if len(shape) != 2 or shape[1] < len(data.classes):
+        got = f"outputs of shape {shape}" if shape else f"a {type(output).__name__}"
+        raise InputError(
+            f"{type(module).__name__} gives {got} for two images of {data.name}, which has {len(data.classes)} "
+            f"classes; expected logits [2, {len(data.classes)}] or more: choose a classifier with enough outputs"
+        )
+
+
+# ---------------------------------------------------------------- networks by name
+
+
+def _library(name: str) -> Callable[[int, dict[str, Any]], nn.Module] | None:
+    """``(seed, options) -> module`` for ``torchvision:NAME`` or ``timm:NAME``, checked at once; None for others."""
+    kind, _, inner = name.partition(":")
+    if kind not in LIBRARIES or not inner:
+        return None
+    return LIBRARIES[kind](inner)
+
+
+def _model(name: str) -> Callable[[ImageData, int, dict[str, Any]], nn.Module]:
+    """``(data, seed, options) -> module`` with an output per class, its name checked at once."""
+    library = _library(name)
+    if library is not None:
+        make, of_data = library, OPTIONS_OF_DATA[name.partition(":")[0]]
+        return lambda data, seed, options: make(seed, {**of_data(data), **options})
+    if name not in MODELS:
+        raise unknown("model", name, (*MODELS, *(f"{kind}:NAME" for kind in LIBRARIES)))
+    return lambda data, seed, options: build(name, data.input_shape, len(data.classes), seed=seed, **options)
+
+
+def _torchvision(name: str) -> Callable[[int, dict[str, Any]], nn.Module]:
     from torchvision import models
 
-    known = models.list_models()
-    if name not in known:
-        raise InputError(f"torchvision has no model {name!r}" + (suggest(name, known) or "; see its list of models"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return models.get_model(name, weights=None)
+    _require_known("torchvision", name, models.list_models(module=models))  # classifiers of images
+    return lambda seed, options: _make(name, seed, lambda: models.get_model(name, weights=None, **options))
 
 
-def _timm(name: str, seed: int) -> nn.Module:
+def _timm(name: str) -> Callable[[int, dict[str, Any]], nn.Module]:
     try:
         import timm
     except ImportError as error:
         raise InputError("timm:NAME needs the package timm; install bnsharp[timm]") from error
-    if name not in timm.list_models():
-        hint = suggest(name, timm.list_models()) or "; see its list of models"
-        raise InputError(f"timm has no model {name!r}{hint}")
+    _require_known("timm", name, timm.list_models())
+    return lambda seed, options: _make(name, seed, lambda: timm.create_model(name, pretrained=False, **options))
+
+
+LIBRARIES: dict[str, Callable[[str], Callable[[int, dict[str, Any]], nn.Module]]] = {
+    "torchvision": _torchvision, "timm": _timm,
+}
+"""Libraries of networks: ``NAME -> (seed, options) -> module``; an unknown name is an error before anything is read."""
+
+OPTIONS_OF_DATA: dict[str, Callable[[ImageData], dict[str, Any]]] = {
+    "torchvision": lambda data: {"num_classes": len(data.classes)},
+    "timm": lambda data: {"num_classes": len(data.classes), "in_chans": data.input_shape[0]},
+}
+"""How each library's networks are fitted to data."""
+
+
+def _require_known(library: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        hint = suggest(name, known) or f"; see {library}'s list of models"
+        raise InputError(f"{library} has no model {name!r} for images and classes{hint}")
+
+
+def _make(name: str, seed: int, build_module: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return timm.create_model(name, pretrained=False)
-
-
-LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+        try:
+            return build_module()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} is not built with these options ({str(error).splitlines()[0][:100]})") from error
