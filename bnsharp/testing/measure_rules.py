@@ -203,7 +203,7 @@ def _closed_form(declared: Declared) -> None:
         measure = declared.made(loss.groups)
         objective = loss.objective()
         mean = mean_of([declared.read(measure, objective, loss.theta, seed) for seed in range(repeats)])
-        slack = declared.rtol * max(abs(low), abs(high)) + mean.error + 6 * mean.stderr + 1e-14
+        slack = declared.rtol * max(abs(low), abs(high)) + mean.slack(mean, 0.0, spread=True)
         expected = f"{low:.9g}" if low == high else f"between {low:.9g} and {high:.9g}"
         require(
             low - slack <= mean.value <= high + slack,

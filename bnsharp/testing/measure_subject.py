@@ -46,6 +46,7 @@ class Reading:
         """What two readings of one quantity may differ by: rounding, their stated errors, and 6 standard errors."""
         rounding = rtol * max(abs(self.value), abs(other.value)) + 1e-14
         sampling = 6 * math.hypot(self.stderr, other.stderr) if spread else 0.0
+        require(math.isfinite(sampling), "the standard error is infinite, so that values cannot be compared; draw more")
         return rounding + self.error + other.error + sampling
 
 
@@ -89,8 +90,9 @@ class Declared:
             f"{self.name}: a measurement returned {type(estimate).__name__}; expected an object with .value",
         )
         value, stderr, error = (float(getattr(estimate, k, 0.0) or 0.0) for k in ("value", "stderr", "error"))
-        for what, number in (("value", value), ("stderr", stderr), ("error", error)):
+        for what, number in (("value", value), ("error", error)):
             require(math.isfinite(number), f"{self.name}: {what} is {number}; expected a finite number")
+        # an infinite standard error is an honest one: that of a single draw
         require(stderr >= 0 and error >= 0, f"{self.name}: stderr {stderr:.3g}, error {error:.3g}; expected both >= 0")
         return Reading(value, stderr, error, getattr(estimate, "unit", None), getattr(estimate, "direction", None))
 

@@ -245,7 +245,7 @@ class Quadratic:
         b: ``[d]``.
         theta: θ*, the point at which a measure is taken.
         cubic: k ``[d]``, zero unless asked for: then A is not the Hessian but at θ*.
-        constant: c.
+        constant: c, such that ``L(θ*) = 1``.
         groups: scale groups by hand, for a measure's geometry: the rows of ``"weight"`` (the loss is not invariant).
     """
 
@@ -287,7 +287,7 @@ def quadratics(
     *, stationary: bool | None = False, definite: bool | None = None, cubic: float = 0.0, rows: int = 3,
     columns: int = 2,
 ) -> st.SearchStrategy[Quadratic]:
-    """Random quadratic losses on ``{"weight": [rows, columns], "bias": [rows]}`` with A and b known.
+    """Random quadratic losses on ``{"weight": [rows, columns], "bias": [rows]}`` with A and b known and ``L(θ*) = 1``.
 
     Args:
         stationary: whether θ* is stationary (``b = −Aθ*``); None is either.
@@ -314,7 +314,8 @@ def quadratics(
         root = normal(d, d)
         A = (root + root.T) / 2 if definite is None else (1.0 if definite else -1.0) * root @ root.T / d
         b = -A @ P.flatten(theta) if at_rest else normal(d)
-        return Quadratic(A, b, theta, cubic * normal(d))
+        loss = Quadratic(A, b, theta, cubic * normal(d))
+        return replace(loss, constant=1.0 - float(loss(theta)))
 
     return st.builds(made, st.booleans() if stationary is None else st.just(stationary), seeds())
 
