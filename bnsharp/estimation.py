@@ -217,13 +217,13 @@ class _Run:
         """Value, standard error, effective samples, numerical error, standard error over batches."""
         values = torch.cat([k.values for k in self.values])
         errors = torch.cat([k.errors for k in self.values])
-        value, stderr, effective = self.measure.reduce(values)
+        value, stderr, effective = self.measure.reduce(values.double())
         if not self.measure.directions.is_drawn:  # nothing was sampled
             stderr = torch.zeros_like(stderr)
         rests = [k.left_out for k in self.values]
         data = None
         if all(rest is not None for rest in rests):
-            left_out = torch.stack([self.measure.reduce(row)[0] for row in torch.cat(rests, 1)])  # type: ignore[arg-type]
+            left_out = torch.stack([self.measure.reduce(row.double())[0] for row in torch.cat(rests, 1)])  # type: ignore[arg-type]
             data = float(((len(left_out) - 1) * left_out.var(correction=0)).sqrt())
         return float(value), float(stderr), float(effective), float(errors.max()) + self.found.error, data
 
