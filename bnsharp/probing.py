@@ -59,7 +59,7 @@ class Probe:
             out = torch.func.functional_call(
                 self.module, {**self.constants, **buffers, **theta}, self.args, self.kwargs
             )
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"{type(self.module).__name__} fails in float64 on these inputs ({reason}); expected a module that "

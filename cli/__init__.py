@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from bnsharp.cli import demo, invariance, listing, measure, train
+from bnsharp.cli import demo, groups, invariance, listing, measure, train
 
 app = typer.Typer(
     name="bnsharp",
@@ -20,6 +20,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("measure")(measure.measure)
 app.command("invariance")(invariance.invariance)
+app.command("groups")(groups.groups)
 app.command("list")(listing.listing)
 
 

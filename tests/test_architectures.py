@@ -416,7 +416,7 @@ def relative_change(resnet18: Any, dtype: torch.dtype, steps: int, exact: bool) 
     objective = bnsharp.Objective(net, F.cross_entropy, (x.to(dtype), y))
     theta = P.pmap(lambda p: p.to(dtype), bnsharp.parameters(net))
     other = groups.rescale(theta, groups.random_factors(theta, torch.Generator().manual_seed(3)))
-    measure = bnsharp.measures.bn_sharpness(groups, delta=0.05, steps=steps, nodes=2)
+    measure = bnsharp.measures.bn_sharpness(groups, delta=0.05, steps=steps, nodes=3)
     with bnsharp.exact_norms(net) if exact else nullcontext():
         before, after = (measure(objective, point).value for point in (theta, other))
     assert before > 0.1
