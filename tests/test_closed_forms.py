@@ -256,12 +256,13 @@ def test_largest_rise_of_a_linear_loss(seed: int) -> None:
 @settings(max_examples=10)
 @given(seed=seeds, k=st.integers(1, 8))
 def test_keskar_in_a_random_subspace(seed: int, k: int) -> None:
-    """``ε Σ_i |Aᵀg|_i (|A⁺θ|_i + 1)/(1 + L)`` on a linear loss, A rebuilt from what a unit step along each axis does."""
+    """``ε Σ_i |Aᵀg|_i (|A⁺θ|_i + 1)/(1 + L)`` on a linear loss, A rebuilt from steps along its axes."""
     q = quadratic(seed)
     q = Quadratic(torch.zeros_like(q.a), q.g, q.params)
     measure = measures.keskar(epsilon=1e-2, subspace=k, steps=0, seed=seed)
     frame = measure.geometry.at(q.params)
-    placed = torch.stack([P.flatten(frame.place(P.make({"subspace": e}))) for e in torch.eye(k, dtype=torch.float64)], 1)
+    axes = torch.eye(k, dtype=torch.float64)
+    placed = torch.stack([P.flatten(frame.place(P.make({"subspace": e}))) for e in axes], 1)
     columns = placed / placed.norm(dim=0)
     scale = 1e-2 * ((torch.linalg.pinv(columns) @ q.theta).abs() + 1)
     torch.testing.assert_close(placed, columns * scale)

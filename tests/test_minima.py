@@ -36,7 +36,9 @@ NODES = 4
 """Enough for a line through a nearly quadratic loss."""
 
 
-def minimise(loss: oracles.Loss, penalty: Penalty, start: Params, weight: float, hessian: Tensor) -> tuple[Tensor, float]:
+def minimise(
+    loss: oracles.Loss, penalty: Penalty, start: Params, weight: float, hessian: Tensor
+) -> tuple[Tensor, float]:
     """The minimiser of ``L + λS`` near ``start``, and the objective there; exact gradients, v moving with θ."""
 
     def both(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -58,8 +60,8 @@ def t4(loss: oracles.Loss, groups: ScaleGroups, start: Params, u: Params, hessia
        delta: float) -> tuple[float, float, float, float]:
     """Relative errors of the predicted shift and gain, the shift over ``λδ²``, the gain over ``λ²δ⁴``.
 
-    With ``s = ∇S(θ*)``: the minimiser moves by ``−λ B⁻¹ s`` and gains ``½ λ² sᵀB⁻¹s``, B the Hessian of ``L + λS``. S has
-    one of order 1 at a minimum, ``(√20/3)(Hv)(Hv)ᵀ/(vᵀHv)`` for p = 2, since ``S² = a²δ²/3 + q²δ⁴/20`` and ``a = ⟨v, ∇L⟩``.
+    With ``s = ∇S(θ*)``: the minimiser moves by ``−λ B⁻¹ s`` and gains ``½ λ² sᵀB⁻¹s``, B the Hessian of ``L + λS``. That
+    of S is of order 1 at a minimum, ``(√20/3)(Hv)(Hv)ᵀ/(vᵀHv)`` for p = 2, since ``S² = a²δ²/3 + q²δ⁴/20``, ``a = ⟨v, ∇L⟩``.
     """
     measure = Measure(Groupwise(groups), Given(u), Line(Uniform(delta), 2.0, NODES), Maximum())
     penalty = Penalty(measure, "exact")
@@ -263,8 +265,10 @@ def dense_gauss_newton(p: Problem) -> Tensor:
     """``G [d, d]`` by a loop over outputs; the criterion's Hessian by second differences of its gradient."""
     leaves = {k: v.clone().requires_grad_() for k, v in p.params.items()}
     z = torch.func.functional_call(strategies._without_statistics(p.module), leaves, (p.x,))
-    rows = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(
-        a, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True)]) for a in z.reshape(-1)]
+    inputs, rows = list(leaves.values()), []
+    for a in z.reshape(-1):
+        grads = torch.autograd.grad(a, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
     jacobian = torch.stack(rows)
     second = torch.autograd.functional.hessian(lambda a: p.criterion(a.reshape(z.shape), p.y), z.detach().reshape(-1))
     return jacobian.T @ second @ jacobian
