@@ -81,7 +81,7 @@ def gauss_newton_form(term: Term, params: Params) -> Form:
         with torch.enable_grad(), math_attention():
             inner = torch.stack([(g * v[k]).sum() for k, g in zip(leaves, pulled, strict=True)]).sum()
             jv = _grad(inner, w, retain_graph=True)
-        value = output_form(term, tree_unflatten(z, spec), floating, jv)
+        value = output_form(term, tree_unflatten(z, spec), floating, jv).detach()
         return torch.stack([value, value.abs()])
 
     return form

@@ -60,8 +60,8 @@ def t4(loss: oracles.Loss, groups: ScaleGroups, start: Params, u: Params, hessia
        delta: float) -> tuple[float, float, float, float]:
     """Relative errors of the predicted shift and gain, the shift over ``λδ²``, the gain over ``λ²δ⁴``.
 
-    With ``s = ∇S(θ*)``: the minimiser moves by ``−λ B⁻¹ s`` and gains ``½ λ² sᵀB⁻¹s``, B the Hessian of ``L + λS``. That
-    of S is of order 1 at a minimum, ``(√20/3)(Hv)(Hv)ᵀ/(vᵀHv)`` for p = 2, since ``S² = a²δ²/3 + q²δ⁴/20``, ``a = ⟨v, ∇L⟩``.
+    With ``s = ∇S(θ*)``: the minimiser moves by ``−λ B⁻¹ s`` and gains ``½ λ² sᵀB⁻¹s``, B the Hessian of ``L + λS``.
+    That of S is of order 1 at a minimum: ``(√20/3)(Hv)(Hv)ᵀ/(vᵀHv)``, since ``S² = a²δ²/3 + q²δ⁴/20``, ``a = ⟨v, ∇L⟩``.
     """
     measure = Measure(Groupwise(groups), Given(u), Line(Uniform(delta), 2.0, NODES), Maximum())
     penalty = Penalty(measure, "exact")
