@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         laws,
         measures,
         models,
+        pacbayes,
         profiles,
         reduce,
         regularizers,
@@ -53,14 +54,14 @@ _HOME = {
     "Step": "types",
 }
 _MODULES = (
-    "algorithms", "data", "directions", "geometry", "laws", "measures", "models", "profiles", "reduce", "regularizers",
-    "transformations",
+    "algorithms", "data", "directions", "geometry", "laws", "measures", "models", "pacbayes", "profiles", "reduce",
+    "regularizers", "transformations",
 )
 
 __all__ = [
     "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "ScaleGroups", "Step",
     "Trainer", "algorithms", "backward", "data", "directions", "exact_norms", "geometry", "laws", "measures", "models",
-    "parameters", "profiles", "reduce", "regularizers", "scale_groups", "transformations",
+    "pacbayes", "parameters", "profiles", "reduce", "regularizers", "scale_groups", "transformations",
 ]
 
 

@@ -25,7 +25,7 @@ FOLDERS = {
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
     ("checks",),  # of arguments: needed everywhere
-    ("params", "checkpoint", "schedules", "quadrature"),  # the last three know numbers and files, no parameters
+    ("params", "checkpoint", "schedules", "quadrature", "divergence"),  # all but params: numbers and files
     ("partition", "modes", "lanczos"),  # sums over groups; switches of a live module; eigenpairs
     ("forms",),  # quadratic forms of one batch
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bounds",),  # of searched maxima
     ("estimation",),  # the four slots put together
     ("composites",),  # measures that are functions over measures
+    ("pacbayes",),  # a bound as a measure
     ("measures",),
     ("regularizers",),
     ("loop", "algorithms"),  # one regularised step; regularisers by name: what a trainer repeats
