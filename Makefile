@@ -12,7 +12,7 @@ test: lint types unit
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,peers]"
 	touch $@
 
 lint: $(INSTALLED)
