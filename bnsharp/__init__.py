@@ -11,23 +11,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnsharp import (
         algorithms,
+        composites,
         data,
         directions,
         geometry,
         laws,
+        maps,
         measures,
         models,
         pacbayes,
         profiles,
         reduce,
         regularizers,
+        spectrum,
+        testing,
         transformations,
     )
     from bnsharp.errors import DivergedError, InputError
+    from bnsharp.estimation import Measure, Sampling
     from bnsharp.evaluation import Engine
     from bnsharp.groups import ScaleGroups, scale_groups
     from bnsharp.loop import backward
-    from bnsharp.measures import Measure
     from bnsharp.modes import exact_norms
     from bnsharp.objective import Objective
     from bnsharp.params import parameters
@@ -45,7 +49,8 @@ _HOME = {
     "ScaleGroups": "groups",
     "Group": "partition",
     "exact_norms": "modes",
-    "Measure": "measures",
+    "Measure": "estimation",
+    "Sampling": "estimation",
     "backward": "loop",
     "Trainer": "trainer",
     "DivergedError": "errors",
@@ -54,14 +59,15 @@ _HOME = {
     "Step": "types",
 }
 _MODULES = (
-    "algorithms", "data", "directions", "geometry", "laws", "measures", "models", "pacbayes", "profiles", "reduce",
-    "regularizers", "transformations",
+    "algorithms", "composites", "data", "directions", "geometry", "laws", "maps", "measures", "models", "pacbayes",
+    "profiles", "reduce", "regularizers", "spectrum", "testing", "transformations",
 )
 
 __all__ = [
-    "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "ScaleGroups", "Step",
-    "Trainer", "algorithms", "backward", "data", "directions", "exact_norms", "geometry", "laws", "measures", "models",
-    "pacbayes", "parameters", "profiles", "reduce", "regularizers", "scale_groups", "transformations",
+    "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "Sampling", "ScaleGroups",
+    "Step", "Trainer", "algorithms", "backward", "composites", "data", "directions", "exact_norms", "geometry", "laws",
+    "maps", "measures", "models", "pacbayes", "parameters", "profiles", "reduce", "regularizers", "scale_groups",
+    "spectrum", "testing", "transformations",
 ]
 
 

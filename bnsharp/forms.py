@@ -120,8 +120,12 @@ def _leaves(params: Params) -> dict[str, Tensor]:
     return {k: v.detach().requires_grad_() for k, v in params.items()}
 
 
-def _grad(value: Tensor, inputs: Sequence[Tensor], **options: bool) -> Sequence[Tensor]:
+def _grad(
+    value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
+) -> Sequence[Tensor]:
     """Gradients; zeros where the value does not depend on an input."""
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
-    return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True, **options)
+    return torch.autograd.grad(
+        value, inputs, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )

@@ -35,6 +35,8 @@ class SegmentLaw(Protocol):
         is_bounded: whether z ends at ``extent`` (else the density has died out there).
     """
 
+    def __hash__(self) -> int: ...
+
     @property
     def reach(self) -> float: ...
 

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +62,7 @@ class ScaleRescaling(Transformation):
     """
 
     name: ClassVar[str] = "rescaling"
-    groups: ScaleGroups = ScaleGroups()
+    groups: ScaleGroups = field(default_factory=ScaleGroups)
     low: float = 0.1
     high: float = 10.0
 

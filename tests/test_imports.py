@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("directions", "transformations"),  # maps of parameters that keep the function: of groups and channels
     ("bounds",),  # of searched maxima
     ("estimation",),  # the four slots put together
-    ("composites",),  # measures that are functions over measures
+    ("composites", "spectrum"),  # measures that are functions over measures
     ("pacbayes",),  # a bound as a measure
     ("measures",),
     ("regularizers",),
