@@ -15,6 +15,7 @@ from bnsharp.errors import InputError
 from bnsharp.groups import ScaleGroups
 from bnsharp.measures import Measure
 from bnsharp.testing.check import Check, choose, known_names
+from bnsharp.testing.data_rules import DATA_RULES
 from bnsharp.testing.measure_rules import RULES
 from bnsharp.testing.measure_subject import PROPERTIES, ClosedForm, Declared, hold_unit, steepest_start
 from bnsharp.testing.penalty_rules import PENALTY_RULES
@@ -77,7 +78,7 @@ def check_measure(
         hold or (hold_unit if own else None), start or (steepest_start if own else None),
         callable(getattr(probe, "penalty", None)), rtol, examples,
     )
-    return choose((*RULES, *PENALTY_RULES), declared, name, expected_failures)
+    return choose((*RULES, *DATA_RULES, *PENALTY_RULES), declared, name, expected_failures)
 
 
 def _probe(build: Callable[[ScaleGroups], Any]) -> Any:

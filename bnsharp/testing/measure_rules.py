@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from bnsharp import params as P
-from bnsharp.groups import ScaleGroups
-from bnsharp.objective import Objective
-from bnsharp.testing.check import CheckFailed, Rule, agree, for_all, refusal, require
+from bnsharp.testing.check import CheckFailed, Rule, agree, for_all, require
 from bnsharp.testing.measure_subject import Declared, Reading, closed_form_of, mean_of
-from bnsharp.testing.networks import SMOOTH, Network, network, with_running_statistics
+from bnsharp.testing.networks import SMOOTH, Network, with_running_statistics
 from bnsharp.testing.snapshots import changed, in_use, random_states, snapshot, told
 from bnsharp.testing.strategies import (
     Quadratic,
@@ -42,11 +39,11 @@ def _deterministic(declared: Declared) -> None:
         one, two, other = (declared.value(net.groups, net.objective(), net.params, seed) for seed in (0, 0, 1))
         agree(one.value, two.value, 0.0, f"{declared.name}: two measurements with one seed gave {{a}} and {{b}}")
         if "sampled" in declared.properties:
-            allowed = one.slack(other, declared.rtol) + 8 * math.hypot(one.stderr, other.stderr)
+            allowed = one.slack(other, declared.rtol, stated=True) + 8 * math.hypot(one.stderr, other.stderr)
             agree(one.value, other.value, allowed, f"{declared.name}: seeds 0 and 1 gave {{a}} and {{b}}")
         elif "searched" not in declared.properties:
             agree(
-                one.value, other.value, one.slack(other, declared.rtol),
+                one.value, other.value, one.slack(other, declared.rtol, stated=True),
                 f"{declared.name}: it is not declared sampled or searched, and seeds 0 and 1 gave {{a}} and {{b}}",
             )
 
@@ -100,7 +97,7 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "permutation": ({"normalizer": ("batch", "layer", "none"), "activation": SMOOTH, "conv": False}, True),
     "relu": ({"normalizer": "none", "activation": "relu", "conv": False}, True),
 }
-"""Networks that have each kind of transformation, and whether sampled values may differ by their standard errors."""
+"""Networks that have each kind of transformation, and whether values may differ by their stated errors."""
 
 
 def _both(
@@ -122,7 +119,7 @@ def _both(
             mean_of([declared.read(measure, objective, params, seed) for seed in range(repeats)])
             for params in (net.params, transform(net.params))
         )
-        visit(one, two, one.slack(two, declared.rtol, spread))
+        visit(one, two, one.slack(two, declared.rtol, stated=spread, spread=spread))
 
     for_all(pairs(), body, declared.examples)
 
@@ -142,10 +139,10 @@ def _changes(kind: str) -> Callable[[Declared], None]:
     def check(declared: Declared) -> None:
         ratios: list[float] = []
         _both(declared, kind, lambda one, two, allowed: ratios.append(abs(one.value - two.value) / allowed), SEEDS)
-        if max(ratios) <= 1:
+        if not any(ratio > 1 for ratio in ratios):
             raise CheckFailed(
                 f"{declared.name}: declared not invariant under {kind} transformations, but in {len(ratios)} networks "
-                f"the value changed by at most {max(ratios):.2g} times its stated errors"
+                f"the value changed by at most {max(ratios):.2g} times what invariance allows"
             )
 
     return check
@@ -196,14 +193,12 @@ def _nonnegative(declared: Declared) -> None:
 
 
 def _closed_form(declared: Declared) -> None:
-    repeats = SEEDS if "sampled" in declared.properties else 1
-
     def body(loss: Quadratic) -> None:
         low, high = closed_form_of(declared, loss)
-        measure = declared.made(loss.groups)
-        objective = loss.objective()
+        measure, objective = declared.made(loss.groups), loss.objective()
+        repeats = SEEDS if "sampled" in declared.properties and low == high else 1
         mean = mean_of([declared.read(measure, objective, loss.theta, seed) for seed in range(repeats)])
-        slack = declared.rtol * max(abs(low), abs(high)) + mean.slack(mean, 0.0, spread=True)
+        slack = declared.rtol * max(abs(low), abs(high)) + mean.slack(mean, 0.0, stated=True, spread=True)
         expected = f"{low:.9g}" if low == high else f"between {low:.9g} and {high:.9g}"
         require(
             low - slack <= mean.value <= high + slack,
@@ -211,7 +206,9 @@ def _closed_form(declared: Declared) -> None:
             f"(allowed difference {slack:.2g})",
         )
 
-    for_all(quadratics(stationary=None), body, declared.examples)
+    for_all(quadratics(), body, declared.examples)
+    if "sampled" in declared.properties:  # at a minimum the noise of a sampled rise is far below its mean
+        for_all(quadratics(stationary=True, definite=True), body, declared.examples)
 
 
 def _standard_error(declared: Declared) -> None:
@@ -247,121 +244,11 @@ def _monotone(declared: Declared) -> None:
             one = declared.read(small, objective, loss.theta)
             two = declared.read(declared.held(powers(loss.groups, q), one), objective, loss.theta)
             require(
-                two.value >= one.value - one.slack(two, declared.rtol),
+                two.value >= one.value - one.slack(two, declared.rtol, stated=True),
                 f"{declared.name}: the value falls from {one.value:.9g} at p = {p:g} to {two.value:.9g} at p = {q:g}",
             )
 
     for_all(quadratics(cubic=0.5), body, declared.examples)
-
-
-# ---------------------------------------------------------------- data, precision, engines
-
-
-def _weighs_batches(declared: Declared) -> None:
-    def body(net: Network) -> None:
-        x, y = net.x, net.y
-        parts = [(x[:5], y[:5]), (x[5:], y[5:])]
-        one = declared.value(net.groups, net.objective(), net.params)
-        two = declared.value(net.groups, Objective(net.module, net.criterion, parts), net.params)
-        agree(
-            one.value, two.value, one.slack(two, declared.rtol) + 1e-9 * abs(one.value),
-            f"{declared.name}: one batch of 16 gave {{a}}, the same examples as batches of 5 and 11 gave {{b}}",
-        )
-
-    for_all(networks(normalizer=("layer", "none"), min_examples=16, max_examples=16), body, declared.examples)
-
-
-class _Tied(nn.Module):
-    """Two layers with one weight, under two names or under one."""
-
-    def __init__(self, two_names: bool, seed: int):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.first = nn.Linear(3, 3, bias=False)
-        self.second = nn.Linear(3, 3, bias=False) if two_names else self.first
-        self.head = nn.Linear(3, 3)
-        self.second.weight = self.first.weight
-        self.double()
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x).tanh()).tanh())
-
-
-def _tied_weight(declared: Declared) -> None:
-    def body(seed: int) -> None:
-        batch = network("none", seed=seed)
-        one, two = (
-            declared.value(ScaleGroups(), Objective(m, batch.criterion, (batch.x, batch.y)), P.parameters(m))
-            for m in (_Tied(False, seed), _Tied(True, seed))
-        )
-        agree(
-            one.value, two.value, one.slack(two, declared.rtol),
-            f"{declared.name}: a weight used twice gave {{a}}, the same weight under two names gave {{b}}",
-        )
-
-    for_all(seeds(), body, declared.examples)
-
-
-def _zero_norm(declared: Declared) -> None:
-    def body(net: Network) -> None:
-        params = net.params
-        name = next(iter(net.groups.partition.groups)).members[0]
-        params[name][0] = 0.0
-        last = list(params.keys())[-1]
-        params[last] = torch.zeros_like(params[last])
-        declared.value(net.groups, net.objective(), params)  # which requires finite numbers
-
-    for_all(networks(normalizer=("batch", "group"), eps=1e-5), body, declared.examples)
-
-
-def _float32(declared: Declared) -> None:
-    def body(net: Network) -> None:
-        one = declared.value(net.groups, net.objective(), net.params)
-        two = declared.value(net.groups, net.objective(), P.pmap(Tensor.float, net.params))
-        agree(
-            one.value, two.value, one.slack(two, 0.05), f"{declared.name}: float64 gave {{a}}, float32 gave {{b}}",
-        )
-
-    for_all(networks(normalizer=("batch", "layer"), eps=1e-5), body, declared.examples)
-
-
-def _engines(declared: Declared) -> None:
-    def body(net: Network) -> None:
-        one, two = (
-            declared.value(net.groups, net.objective(engine=engine), net.params) for engine in ("loop", "vmap")
-        )
-        agree(
-            one.value, two.value, one.slack(two, declared.rtol),
-            f"{declared.name}: engine loop gave {{a}}, engine vmap gave {{b}}",
-        )
-
-    for_all(networks(normalizer=("batch", "layer")), body, declared.examples)
-
-
-def _plain_function(declared: Declared) -> None:
-    def body(loss: Quadratic) -> None:
-        one, two = (declared.value(loss.groups, fn, loss.theta) for fn in (loss.objective(), loss))
-        agree(
-            one.value, two.value, one.slack(two, declared.rtol),
-            f"{declared.name}: an objective gave {{a}}, the same loss as a plain function {{b}}",
-        )
-
-    for_all(quadratics(), body, declared.examples)
-
-
-def _refuses_nan(declared: Declared) -> None:
-    def body(net: Network) -> None:
-        measure, params = declared.made(net.groups), net.params
-        next(iter(params.values()))[0] = math.nan
-        refusal(
-            f"{declared.name}: measuring at parameters with a NaN",
-            lambda: measure(net.objective(), params, torch.Generator().manual_seed(0)),
-        )
-
-    for_all(networks(normalizer="batch"), body, 1)
 
 
 RULES: tuple[Rule[Declared], ...] = (
@@ -378,11 +265,4 @@ RULES: tuple[Rule[Declared], ...] = (
     Rule("closed_form", _closed_form, lambda d: d.closed_form is not None),
     Rule("standard_error", _standard_error, lambda d: "sampled" in d.properties),
     Rule("monotone_in_p", _monotone, lambda d: d.powers is not None),
-    Rule("weighs_batches_by_examples", _weighs_batches),
-    Rule("counts_a_tied_weight_once", _tied_weight),
-    Rule("finite_at_a_group_of_norm_zero", _zero_norm),
-    Rule("float32_is_close", _float32),
-    Rule("engines_agree", _engines),
-    Rule("accepts_a_plain_function", _plain_function),
-    Rule("refuses_nan", _refuses_nan),
 )

@@ -42,12 +42,16 @@ class Reading:
     unit: Params | None
     direction: Params | None
 
-    def slack(self, other: Reading, rtol: float, spread: bool = False) -> float:
-        """What two readings of one quantity may differ by: rounding, their stated errors, and 6 standard errors."""
-        rounding = rtol * max(abs(self.value), abs(other.value)) + 1e-14
+    def slack(self, other: Reading, rtol: float, *, stated: bool = False, spread: bool = False) -> float:
+        """What two readings of one quantity may differ by.
+
+        Rounding; if ``stated`` their numerical errors, which two evaluations of one formula share and do not need;
+        if ``spread`` 6 standard errors, which the same draws do not need.
+        """
+        errors = self.error + other.error if stated else 0.0
         sampling = 6 * math.hypot(self.stderr, other.stderr) if spread else 0.0
-        require(math.isfinite(sampling), "the standard error is infinite, so that values cannot be compared; draw more")
-        return rounding + self.error + other.error + sampling
+        require(math.isfinite(sampling), "an infinite standard error leaves nothing to compare: draw more")
+        return rtol * max(abs(self.value), abs(other.value)) + 1e-13 + errors + sampling
 
 
 def mean_of(readings: list[Reading]) -> Reading:
@@ -111,7 +115,7 @@ class Declared:
         gradient = P.make({k: g.detach() for k, g in zip(leaves, grads, strict=True)})
         finite = all(bool(g.isfinite().all()) for g in gradient.values())
         require(finite, f"{self.name}: the penalty's gradient is not finite")
-        return float(value), gradient
+        return float(value.detach()), gradient
 
     def held(self, measure: Any, reading: Reading) -> Any:
         """The measure with the direction found held; the measure itself where directions do not depend on θ."""

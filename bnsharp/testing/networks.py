@@ -84,7 +84,7 @@ class Network:
 
 
 def network(
-    normalizer: str = "batch", activation: str = "tanh", conv: bool = False, *, bias: bool = False, width: int = 4,
+    normalizer: str = "batch", activation: str = "tanh", conv: bool = False, *, bias: bool = False, width: int = 6,
     examples: int = 12, dropout: float = 0.0, eps: float = NEGLIGIBLE_EPS, seed: int = 0,
 ) -> Network:
     """One network, as :func:`networks` draws them.
@@ -94,7 +94,7 @@ def network(
         activation: ``"tanh"``, ``"softplus"`` or ``"relu"``.
         conv: two convolutions on images instead of two linear layers.
         bias: whether the hidden layers have one.
-        width: hidden channels, a multiple of 2.
+        width: hidden channels, a multiple of 2; at least 6 where vectors are normalized in two groups.
         examples: in the batch, at least 4.
         dropout: probability, in front of the head; 0 for no such layer.
         eps: of every normalizer; negligible, so that scale invariance is exact.
@@ -104,16 +104,23 @@ def network(
         InputError: an unknown name, or a number out of range.
     """
     check_network(normalizer, activation, conv)
-    whole("width", width, 2)
     whole("examples", examples, 4)
-    if width % 2:
-        raise InputError(f"width={width}; expected a multiple of 2, the blocks of a group normalization")
+    if not fits(normalizer, conv, width):
+        raise InputError(
+            f"width={width!r} with normalizer={normalizer!r}; expected an even number, for group normalization of "
+            "vectors at least 6: a block of two numbers is normalized to ±1 whatever they are"
+        )
     generator = torch.Generator().manual_seed(seed)
     module = _architecture(normalizer, activation, conv, bias, width, dropout).double().eval()
     _randomize(module, generator, eps)
     shape = (examples, 1, SIDE, SIDE) if conv else (examples, 3)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     return Network(module, x, torch.randint(0, 3, (examples,), generator=generator))
+
+
+def fits(normalizer: str, conv: bool, width: int) -> bool:
+    """Whether the hidden channels can be normalized in blocks that say anything."""
+    return whole("width", width, 2) % 2 == 0 and (normalizer != "group" or conv or width >= 6)
 
 
 def check_network(normalizer: str, activation: str, conv: bool) -> None:

@@ -91,7 +91,7 @@ def _search_beats_its_start(declared: Declared) -> None:
             first = hold(measure, start(measure, objective, params))
         at_start = declared.read(first, objective, params)
         require(
-            found.value >= at_start.value - found.slack(at_start, declared.rtol),
+            found.value >= at_start.value - found.slack(at_start, declared.rtol, stated=True),
             f"{declared.name}: the search ended at {found.value:.9g}, below {at_start.value:.9g} of its own start",
         )
 

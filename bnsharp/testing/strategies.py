@@ -21,7 +21,7 @@ from bnsharp.groups import ScaleGroups
 from bnsharp.modes import NEGLIGIBLE_EPS
 from bnsharp.objective import Objective
 from bnsharp.testing.check import known_names
-from bnsharp.testing.networks import ACTIVATIONS, NORMALIZERS, SMOOTH, Network, check_network, network
+from bnsharp.testing.networks import ACTIVATIONS, NORMALIZERS, SMOOTH, Network, check_network, fits, network
 from bnsharp.transformations import ReluRescaling
 from bnsharp.types import Params
 
@@ -61,7 +61,8 @@ def networks(
         activation: a name or several of ``"tanh"``, ``"softplus"``, ``"relu"``; None is any.
         conv: convolutions or linear layers; None is either.
         bias: of the hidden layers; None is either.
-        min_width, max_width: hidden channels, even numbers in this range.
+        min_width, max_width: hidden channels, even numbers in this range; group normalization of vectors takes 6 or
+            more.
         min_examples, max_examples: size of the batch.
         dropout, eps: see :func:`network`.
 
@@ -78,18 +79,21 @@ def networks(
         check_network(n, activations[0], c)
     _check_range("width", min_width, max_width, 2)
     _check_range("examples", min_examples, max_examples, 4)
-    widths = [w for w in range(min_width, max_width + 1) if w % 2 == 0]
-    if not widths:
-        raise InputError(f"min_width={min_width}, max_width={max_width}; expected an even number between them")
+    shapes = [(n, c, w) for n, c in kinds for w in range(min_width, max_width + 1) if fits(n, c, w)]
+    if not shapes:
+        raise InputError(
+            f"min_width={min_width}, max_width={max_width}; expected an even number between them, for group "
+            "normalization of vectors at least 6"
+        )
     if not 0 <= dropout < 1:
         raise InputError(f"dropout={dropout!r}; expected 0 <= dropout < 1")
     positive("eps", eps)
     return st.builds(
-        lambda kind, act, b, width, examples, seed: network(
-            kind[0], act, kind[1], bias=b, width=width, examples=examples, dropout=dropout, eps=eps, seed=seed
+        lambda shape, act, b, examples, seed: network(
+            shape[0], act, shape[1], bias=b, width=shape[2], examples=examples, dropout=dropout, eps=eps, seed=seed
         ),
-        st.sampled_from(kinds), st.sampled_from(activations), st.booleans() if bias is None else st.just(bias),
-        st.sampled_from(widths), st.integers(min_examples, max_examples), seeds(),
+        st.sampled_from(shapes), st.sampled_from(activations), st.booleans() if bias is None else st.just(bias),
+        st.integers(min_examples, max_examples), seeds(),
     )
 
 
