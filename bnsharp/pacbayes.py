@@ -197,7 +197,8 @@ class PacBayesBound:
             )
 
         trials = [at(s, _mean(_unit_interval(objective, laws.draws(s, seeds[: self.pilot])))) for s in self.sigmas]
-        sigma = min(trials, key=lambda trial: trial.bound).sigma
+        # where the kl form is 1 for every σ, the sum still tells them apart
+        sigma = min(trials, key=lambda trial: (trial.bound, trial.risk + trial.complexity)).sigma
         values: list[float] = []
         for start in range(self.pilot, len(seeds), ROUND):
             values += _unit_interval(objective, laws.draws(sigma, seeds[start : start + ROUND]))
