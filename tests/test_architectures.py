@@ -132,7 +132,7 @@ def groups_of(name: str, module: Any, *, channels: bool, whole: bool, shift: boo
 
 
 def vgg11_bn() -> nn.Module:
-    """Its own features; the hidden layers of its classifier, 92% of the parameters and not normalized, are narrow."""
+    """Its own features; the hidden layers of its classifier, 90% of the parameters and not normalized, are narrow."""
     net = models.vgg11_bn(weights=None, num_classes=10)
     net.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 10))
     return net
