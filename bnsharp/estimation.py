@@ -20,8 +20,9 @@ from bnsharp.directions import Directions
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Frame, Geometry
-from bnsharp.profiles import Anchor, ExactScore, Profile
+from bnsharp.profiles import Anchor, Profile
 from bnsharp.reduce import Reduce
+from bnsharp.scores import ExactScore
 from bnsharp.types import Estimate, Evaluated, Found, Params
 
 DEFAULT_SEED = 0
@@ -32,6 +33,8 @@ LONGEST = 100
 """With a target error, sampling stops at this many times the measure's draws."""
 ROUNDING = 1e-3
 """A value in low precision is taken again in float64 when its rounding error exceeds this fraction of it."""
+SOLVE = 30
+"""Products that an eigenvalue solve takes, about."""
 CHECKED = 3
 """Directions at which a value in low precision is compared with float64."""
 
@@ -127,7 +130,8 @@ class Measure:
         """Losses, gradients and products that one measurement takes, about: for progress displays."""
         if self.directions.is_drawn:
             return 1 + self.directions.cost() * self.profile.cost()
-        return 2 + 2 * self.directions.cost() * self.profile.coarse().cost() + 2 * self.profile.cost()
+        search = 2 * self.directions.cost() * self.profile.coarse().cost()
+        return 2 + search + 2 * self.profile.cost() + SOLVE * self.certify
 
     def penalty(
         self,

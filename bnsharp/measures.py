@@ -13,40 +13,36 @@ from typing import Any
 
 from bnsharp.checks import flag, one_of, positive, unknown
 from bnsharp.composites import LargestRadius, Measured, OnCriterion, error_rate, normalized_logits
-from bnsharp.directions import Ascend, Directions, Draw, Lanczos, Own
+from bnsharp.directions import Ascend, Draw
 from bnsharp.errors import InputError
 from bnsharp.estimation import DEFAULT_SEED, Measure, Sampling
-from bnsharp.geometry import (
-    BoxBall,
-    Elementwise,
-    Euclidean,
-    Filters,
-    Geometry,
-    GroupBall,
-    GroupNorms,
-    Groups,
-    Groupwise,
-    JointBall,
-    Together,
-)
-from bnsharp.laws import SEGMENTS, Ball, Box, Gaussian, Law, Rademacher, Sphere, Uniform
-from bnsharp.maps import NeuronMix, Subspace
-from bnsharp.profiles import Curvature, GaussNewton, Line, Rise
+from bnsharp.geometry import BoxBall, Elementwise, Euclidean, Filters, Geometry, Groups, Groupwise
+from bnsharp.laws import SEGMENTS, Ball, Box, Gaussian, Law, Sphere, Uniform
+from bnsharp.maps import Subspace
+from bnsharp.pacbayes import pac_bayes
+from bnsharp.profiles import Line, Rise
 from bnsharp.reduce import FreeEnergy, Maximum, Mean, PowerMean
+from bnsharp.second_order import (
+    CERTIFY,
+    fisher_rao,
+    hessian_top,
+    hessian_trace,
+    relative_flatness,
+    relative_top,
+    relative_trace,
+    spherical_top,
+)
 
 __all__ = [
     "DEFAULT_SEED", "MEASURES", "THOROUGH", "Measure", "MeasureSpec", "Measured", "Sampling", "adaptive",
     "adaptive_average", "bn_ball", "bn_entropy", "bn_gaussian", "bn_random_line", "bn_sharpness", "build_measure",
     "epsilon_sharpness", "filter_normalized", "fisher_rao", "gaussian", "hessian_top", "hessian_trace", "keskar",
-    "largest_sigma", "largest_sigma_accuracy", "lebesgue_ball", "local_entropy", "relative_flatness", "relative_top",
-    "relative_trace", "spherical_top",
+    "largest_sigma", "largest_sigma_accuracy", "lebesgue_ball", "local_entropy", "pac_bayes", "relative_flatness",
+    "relative_top", "relative_trace", "spherical_top",
 ]
 
 THOROUGH = Ascend(steps=15, restarts=16, screen=5, keep=8, polish=40, tolerance=1e-5)
 """How BN-Sharpness is searched for where nothing else is said."""
-
-CERTIFY = 30
-"""Eigenvalue solves spent on an upper bound of a thorough search."""
 
 
 # ---------------------------------------------------------------- BN-Sharpness and the BN form of each law
@@ -82,7 +78,7 @@ def bn_sharpness(
         nodes: quadrature nodes on each half segment.
         rest: parameters in no scale group: one group per tensor (``"tensor"``) or one group (``"joint"``, the paper).
         law: of t: ``"uniform"`` on ``[−δ, δ]``, or ``"normal"`` with standard deviation δ.
-        certify: eigenvalue solves for an upper bound near a minimum; by default 30 in a thorough search, else none.
+        certify: eigenvalue solves for an upper bound near a minimum; by default 10 in a thorough search, else none.
 
     Raises:
         InputError: δ ≤ 0, p < 1, negative steps, or any of them not finite; an unknown law.
@@ -268,83 +264,6 @@ def _of_logits(measure: Measure, normalize: bool) -> Measured:
     return OnCriterion(measure, normalized_logits) if normalize else measure
 
 
-# ---------------------------------------------------------------- second order
-
-
-def hessian_top(
-    *, geometry: Geometry | None = None, iterations: int = 60, tolerance: float = 1e-4, restarts: int = 4,
-    certify: int = CERTIFY,
-) -> Measure:
-    """``max vᵀHv`` over the geometry's ball: λ_max of the Hessian for the default ``‖v‖ ≤ 1``.
-
-    A joint ball is solved by Lanczos (algebraically largest eigenvalue, residual as error); a product of balls has no
-    eigenvalue problem and is searched by ``iterations`` ascent steps from several starts, which is a lower bound.
-    """
-    geometry = Euclidean(1.0) if geometry is None else geometry
-    directions: Directions = (
-        Lanczos(iterations, tolerance) if isinstance(geometry.ball, JointBall) else Ascend(iterations, restarts)
-    )
-    return Measure(geometry, directions, Curvature(), Maximum(), certify)
-
-
-def relative_top(groups: Groups, *, ball: str = "groupwise", rest: str = "tensor", iterations: int = 60,
-                 tolerance: float = 1e-4, restarts: int = 4, certify: int = CERTIFY) -> Measure:
-    """λ_max relative to group norms: ``max vᵀHv`` over ``‖v_i‖ ≤ ‖θ_i‖``; invariant under ``T_a``.
-
-    Args:
-        ball: ``"groupwise"`` (``‖v_i‖ ≤ ‖θ_i‖`` for each group: the second-order limit of BN-Sharpness) or ``"joint"``
-            (``Σ_i ‖v_i‖²/‖θ_i‖² ≤ 1``: the largest eigenvalue of ``NHN``, as Rangamani et al. 2021 per layer).
-    """
-    group_ball = GroupBall(groups, rest)
-    balls = {"groupwise": group_ball, "joint": JointBall()}
-    one_of("ball", ball, balls)
-    geometry = Geometry(GroupNorms(group_ball), balls[ball])
-    return hessian_top(
-        geometry=geometry, iterations=iterations, tolerance=tolerance, restarts=restarts, certify=certify
-    )
-
-
-def spherical_top(*, iterations: int = 60, tolerance: float = 1e-4) -> Measure:
-    """Spherical sharpness ``‖θ‖² λ_max(H)`` (Lyu et al. 2022): invariant under one factor for all parameters."""
-    geometry = Groupwise(Together())
-    return Measure(
-        Geometry(geometry.scale, JointBall()), Lanczos(iterations, tolerance), Curvature(), Maximum(), CERTIFY
-    )
-
-
-def hessian_trace(*, geometry: Geometry | None = None, draws: int = 100) -> Measure:
-    """``E vᵀHv`` over Rademacher draws: ``tr H`` by default; ``Σ_i ‖θ_i‖²/d_i tr H_ii`` in a groupwise geometry."""
-    geometry = Euclidean(1.0) if geometry is None else geometry
-    return Measure(geometry, Draw(Rademacher(), draws), Curvature(), Mean())
-
-
-def relative_trace(groups: Groups, *, draws: int = 100, rest: str = "tensor") -> Measure:
-    """``Σ_i ‖θ_i‖²/d_i · tr H_ii``: the trace relative to group norms; invariant under ``T_a``."""
-    return hessian_trace(geometry=Groupwise(groups, rest=rest), draws=draws)
-
-
-def fisher_rao() -> Measure:
-    """Fisher–Rao norm ``θᵀ G θ`` (Liang et al. 2019, definition 2), G the Gauss–Newton matrix.
-
-    For cross-entropy G is the Fisher information of the model. For a network of L positively homogeneous layers without
-    biases it is ``L² E zᵀ(∇²_z ℓ)z``.
-    """
-    return Measure(Euclidean(1.0), Own(), GaussNewton(), Mean())
-
-
-def relative_flatness(*, layer: str | None = None, draws: int = 100) -> Measure:
-    """Relative flatness ``Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'}`` of one layer's neurons (Petzka et al. 2021, definition 3).
-
-    Args:
-        layer: name of the layer's weight; None is the last weight.
-        draws: of Rademacher mixtures of the neurons.
-
-    Raises:
-        InputError: no such layer.
-    """
-    return Measure(Geometry(NeuronMix(layer), JointBall()), Draw(Rademacher(), draws), Curvature(), Mean())
-
-
 # ---------------------------------------------------------------- by name
 
 
@@ -429,6 +348,10 @@ MEASURES: dict[str, MeasureSpec] = {
         "Petzka et al. 2021",
     ),
     "fisher_rao": _spec(fisher_rao, "Gauss-Newton form of the parameters themselves", "Liang et al. 2019"),
+    "pac_bayes": _spec(
+        pac_bayes, "bound of the error rate under noise relative to each filter's norm", "McAllester 2003",
+        invariant=True,
+    ),
 }
 
 

@@ -89,7 +89,16 @@ class _ModuleObjective(AbstractObjective):
         first = next((t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()), None)
         if isinstance(y, Tensor) and y.is_floating_point() and first is not None and y.dtype != first.dtype:
             y = y.to(first.dtype)
-        loss = self.criterion(output, y)
+        try:
+            loss = self.criterion(output, y)
+        except IndexError as error:
+            known = isinstance(y, Tensor) and not y.is_floating_point() and y.numel() and first is not None
+            if not known or "out of bounds" not in str(error):
+                raise
+            raise InputError(
+                f"labels run from {int(y.min())} to {int(y.max())} and the output has shape {list(first.shape)}; "  # type: ignore[union-attr]
+                "expected labels from 0 to classes - 1"
+            ) from error
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the criterion returned {got}; expected a scalar mean over the batch (reduction='mean')")

@@ -22,10 +22,9 @@ from bnsharp.checks import at_least
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is_transformed
 from bnsharp.forms import QuadraticForm, gauss_newton_form, hessian_form, output_form, parts_of
-from bnsharp.geometry import Frame
 from bnsharp.modes import math_attention
 from bnsharp.quadrature import SegmentLaw, check_nodes, line_points, power_norm
-from bnsharp.types import Evaluated, Params, Scored, Term
+from bnsharp.types import Evaluated, Params, Term
 
 SEARCH_NODES = 4
 """Quadrature nodes on each half segment while searching: S is then off by 1e-4 or so, alike for all directions."""
@@ -395,45 +394,3 @@ def _grad(value: Tensor, leaves: dict[str, Tensor]) -> Params:
     inputs = list(leaves.values())
     grads = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
     return P.make(dict(zip(leaves, grads, strict=True)))
-
-
-class ExactScore:
-    """A profile itself as what a search maximises (measuring, and exact gradients)."""
-
-    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor, keep_gradient: bool = False):
-        self.profile, self.frame, self.anchor, self.keep = profile, frame, anchor, keep_gradient
-
-    def slope(self) -> Params:
-        return self.frame.pull(self.anchor.gradient)
-
-    def __call__(self, u: Params, last: bool = False) -> Scored:
-        """Scores; ``last`` leaves out ``∂/∂u``, which no step needs any more."""
-        v = self.frame.place(u)
-        if last and not self.keep:
-            known = self.profile.evaluate(self.anchor, v)
-            return Scored(known.values, None, P.make({"error": known.errors}, (len(known.values),)))
-        values, errors, d_v, d_theta = self.profile.differentiate(self.anchor, v, theta=self.keep)
-        extra: dict[str, Any] = {"error": errors}
-        if self.keep:
-            extra |= {"d_v": d_v, "d_theta": d_theta}
-        return Scored(values, None if last else self.frame.pull(d_v), P.make(extra, (len(values),)))
-
-
-class SecantScore:
-    """``κ|f(δ)|`` (or ``κ f(δ)``) as what a search maximises: one gradient per direction, kept for the step."""
-
-    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor):
-        self.profile, self.frame, self.anchor = profile, frame, anchor
-        self.kappa, self.delta = profile.secant()
-
-    def slope(self) -> Params:
-        return self.frame.pull(self.anchor.gradient)
-
-    def __call__(self, u: Params, last: bool = False) -> Scored:
-        """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``."""
-        losses, grads = self.anchor.objective.many_value_and_grad(self.frame.points(u, self.delta))
-        f = losses - self.anchor.loss
-        sign = torch.where(f < 0, -1.0, 1.0).to(f.dtype) if self.profile.absolute else torch.ones_like(f)
-        slope = self.kappa * sign
-        d_u = None if last else P.times(self.delta * slope, self.frame.pull(grads))
-        return Scored(slope * f, d_u, P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),)))

@@ -21,8 +21,9 @@ from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Elementwise, Euclidean, GroupBall
 from bnsharp.measures import DEFAULT_SEED, Measure
-from bnsharp.profiles import Anchor, ExactScore, Rise, SecantScore
+from bnsharp.profiles import Anchor, Rise
 from bnsharp.reduce import Maximum, Reduce
+from bnsharp.scores import ExactScore, SecantScore
 from bnsharp.types import Params, Scored, State, Step
 
 

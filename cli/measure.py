@@ -10,7 +10,10 @@ DEFAULT = ("bn_sharpness", "gaussian", "hessian_top")
 
 
 def measure(
-    source: Annotated[str, typer.Argument(help="a run folder, a checkpoint, torchvision:NAME or timm:NAME")],
+    source: Annotated[
+        str,
+        typer.Argument(help="a run folder, a checkpoint, weights (.pt, .safetensors), torchvision:NAME or timm:NAME"),
+    ],
     data: Annotated[str | None, typer.Option(help="data set or image folder; a run folder's own by default")] = None,
     measures: Annotated[
         list[str] | None, typer.Option("--measure", metavar="NAME", help=f"repeatable (default: {', '.join(DEFAULT)})")
@@ -20,7 +23,12 @@ def measure(
         typer.Option("--set", metavar="KEY=VALUE", help="an option of the measures that have it: delta=0.05, "
                      "or of one: gaussian.draws=500"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="the model that a bare checkpoint holds")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the network whose weights a file holds: a model, torchvision:NAME or timm:NAME")
+    ] = None,
+    model_set: Annotated[
+        list[str] | None, typer.Option("--model-set", metavar="KEY=VALUE", help="an option of that model: width=8")
+    ] = None,
     examples: Annotated[int | None, typer.Option(help="the first so many training examples (default: all)")] = None,
     batch_size: Annotated[
         int, typer.Option(help="examples per batch; the data is streamed, each batch with its own statistics")
@@ -42,6 +50,7 @@ def measure(
     """Measure the sharpness of a network on its training data, with sampling and numerical errors."""
     from bnsharp.checkpoint import to_json
     from bnsharp.cli.display import console, load_progress, number, progress, table
+    from bnsharp.experiments.config import parse_setting
     from bnsharp.experiments.measuring import Setting, measure_each, options_for
     from bnsharp.experiments.sources import open_source
 
@@ -51,7 +60,10 @@ def measure(
         examples=examples, batch_size=batch_size, statistics=statistics, precision=precision, promote=promote,
         exact=exact, seed=seed, target=target_error, engine=engine,
     )
-    opened = open_source(source, data=data, model=model, seed=seed, progress=load_progress("reading images"))
+    opened = open_source(
+        source, data=data, model=model, model_options=dict(parse_setting(s) for s in model_set or []), seed=seed,
+        progress=load_progress("reading images"),
+    )
     results: dict[str, Any] = {}
     stopped = False
     with progress("measuring", 0, "evaluations") as bar:

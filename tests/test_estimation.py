@@ -15,7 +15,7 @@ from torch import Tensor
 from bnsharp import Engine, Estimate, InputError, Measure, Objective, ScaleGroups, measures
 from bnsharp import params as P
 from bnsharp.composites import LargestRadius, OnCriterion, normalized_logits, zero_one
-from bnsharp.directions import Ascend, Draw, Own
+from bnsharp.directions import Ascend, Draw, Given, Own
 from bnsharp.estimation import LONGEST, ROUND, Sampling
 from bnsharp.forms import gauss_newton_form, hessian_form
 from bnsharp.geometry import Elementwise, Euclidean, Geometry, GroupBall, JointBall
@@ -89,7 +89,7 @@ def test_data_error_is_the_jackknife_over_batches(name: str) -> None:
     found = measure(cut, params)
     x, y = examples(20, dtype=torch.float64)
     again = measure if found.unit is None else Measure(
-        measure.geometry, measures_given(found), measure.profile, measure.reduce  # type: ignore[union-attr]
+        measure.geometry, Given(found.unit), measure.profile, measure.reduce  # type: ignore[union-attr]
     )
     values = []
     for b in range(5):
@@ -98,13 +98,6 @@ def test_data_error_is_the_jackknife_over_batches(name: str) -> None:
         values.append(again(Objective(cut.module, cross_entropy, (x[keep], y[keep])), params).value)
     expected = math.sqrt(4 / 5 * sum((v - sum(values) / 5) ** 2 for v in values))
     assert found.stderr_data == pytest.approx(expected, rel=1e-8)
-
-
-def measures_given(found: Estimate) -> measures.Directions:
-    from bnsharp.directions import Given
-
-    assert found.unit is not None
-    return Given(found.unit)
 
 
 def test_data_errors_cover_what_other_batches_give() -> None:

@@ -29,13 +29,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("partition", "modes", "lanczos"),  # sums over groups; switches of a live module; eigenpairs
     ("forms",),  # quadratic forms of one batch
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
+    ("balls",),  # sets of unit directions
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
     ("profiles", "channels"),  # channels: who writes and reads them, found by probing
-    ("directions", "transformations"),  # maps of parameters that keep the function: of groups and channels
+    ("directions", "scores", "transformations"),  # maps of parameters that keep the function: of groups and channels
     ("bounds",),  # of searched maxima
     ("estimation",),  # the four slots put together
     ("composites", "spectrum"),  # measures that are functions over measures
     ("pacbayes",),  # a bound as a measure
+    ("second_order",),  # measures of curvature
     ("measures",),
     ("regularizers",),
     ("loop", "algorithms"),  # one regularised step; regularisers by name: what a trainer repeats

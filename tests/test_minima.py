@@ -20,9 +20,9 @@ from bnsharp import params as P
 from bnsharp.bounds import multiplier_bound
 from bnsharp.directions import Draw, Given
 from bnsharp.estimation import ROUNDING, Sampling
-from bnsharp.geometry import GroupBall, GroupNorms, Groupwise
-from bnsharp.laws import Sphere, Uniform
-from bnsharp.profiles import Anchor, Curvature, Line
+from bnsharp.geometry import Euclidean, Geometry, GroupBall, GroupNorms, Groupwise, JointBall
+from bnsharp.laws import Ball, Box, Gaussian, Rademacher, Sphere, Uniform
+from bnsharp.profiles import Anchor, Curvature, GaussNewton, Line
 from bnsharp.reduce import Maximum, Mean
 from bnsharp.regularizers import Penalty
 from bnsharp.types import Params
@@ -148,7 +148,7 @@ def test_multiplier_bound_holds_for_any_direction(p: Problem, seed: int) -> None
         assert bound.value <= bound.start
         assert bound.value >= best.value * (1 - 1e-6)
     ball = GroupBall(p.groups)
-    joint = measures.hessian_top(geometry=measures.Geometry(GroupNorms(ball), measures.JointBall()), tolerance=1e-8)
+    joint = measures.hessian_top(geometry=Geometry(GroupNorms(ball), JointBall()), tolerance=1e-8)
     plain = int(ball.count(frame.scale, p.params)) * joint(p.objective(), p.params).value
     bound = multiplier_bound(apply, frame, best.unit, P.seeded(seed, CPU), iterations=20)
     assert best.value <= plain * (1 + 1e-6) and bound.value <= plain * (1 + 1e-2)
@@ -252,7 +252,7 @@ def test_a_function_that_holds_float32_tensors_keeps_its_modelled_error() -> Non
 
 def test_the_same_seed_draws_the_same_perturbations_in_every_precision() -> None:
     params = P.make({"w": torch.ones(4, dtype=torch.float64)})
-    for law in (Sphere(), measures.Gaussian(), measures.Ball(), measures.Box(), measures.Rademacher()):
+    for law in (Sphere(), Gaussian(), Ball(), Box(), Rademacher()):
         one = law(GroupBall(ScaleGroups({})), params, P.seeded(1, CPU))["w"]
         two = law(GroupBall(ScaleGroups({})), P.pmap(Tensor.float, params), P.seeded(1, CPU))["w"]
         torch.testing.assert_close(one.float(), two)
@@ -307,7 +307,7 @@ def test_gauss_newton_penalty_gradient(kind: str) -> None:
     """The exact gradient of the Fisher–Rao norm against central differences, v = θ moving with θ."""
     p = problem(kind, seed=4)
     u = P.pmap(lambda a: a / 2, p.params)
-    measure = Measure(measures.Euclidean(2.0), Given(u), measures.GaussNewton(), Maximum())
+    measure = Measure(Euclidean(2.0), Given(u), GaussNewton(), Maximum())
     _, r = Penalty(measure, "exact").penalty(p.objective(), p.params)
     d = oracles.to_params(torch.randn(len(oracles.flatten(p.params)), dtype=torch.float64,
                                       generator=torch.Generator().manual_seed(0)), p.params)
@@ -315,5 +315,5 @@ def test_gauss_newton_penalty_gradient(kind: str) -> None:
         lambda h: measure(p.objective(), P.combine(1.0, p.params, h, d)).value, 1e-3
     )
     assert float(P.dot(r, d)) == pytest.approx(slope, rel=1e-5, abs=1e-8)
-    curvature = Measure(measures.Euclidean(1.0), Given(u), Curvature(), Maximum())
+    curvature = Measure(Euclidean(1.0), Given(u), Curvature(), Maximum())
     assert not math.isclose(curvature(p.objective(), p.params).value, measure(p.objective(), p.params).value)
