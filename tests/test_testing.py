@@ -218,7 +218,8 @@ def test_a_planted_bug_is_caught_by_its_check(kit: str, bug: str) -> None:
         named(check(b.wrong, name="planted", **b.says), b.check)()
     message = str(caught.value)
     assert "\n" not in message and message.startswith("planted: ")
-    named(check(b.right, name="right", **(b.says if b.right_says is None else b.right_says)), b.check)()
+    says = b.says if b.right_says is None else b.right_says
+    named(check(b.right, name="right", examples=1, **says), b.check)()
 
 
 @pytest.mark.parametrize("kit", list(KITS))
@@ -236,7 +237,7 @@ def test_every_check_is_documented(kit: str) -> None:
 @pytest.mark.parametrize(
     "check",
     check_measure(
-        TOY, name="toy", invariant={"scale", "permutation"}, not_invariant={"relu"},
+        TOY, name="toy", invariant={"scale", "permutation"}, not_invariant={"relu"}, examples=1,
         properties={"offset", "homogeneous", "two-sided", "nonnegative", "sampled"}, powers=planted.PowerToy,
     ),
     ids=str,
