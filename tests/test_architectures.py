@@ -176,6 +176,11 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     return make(), torch.randn(examples, 3, side, side)
 
 
+@cache
+def found_in(name: str) -> ScaleGroups:
+    return bnsharp.scale_groups(*made(name))
+
+
 def change_by_rescaling(net: nn.Module, x: Tensor, groups: ScaleGroups) -> float:
     """Largest change of the output under a random ``T_a``, factors in [0.1, 10], relative to its root mean square."""
     theta = {k: v.detach().double() for k, v in net.named_parameters()}
@@ -193,8 +198,7 @@ def change_by_rescaling(net: nn.Module, x: Tensor, groups: ScaleGroups) -> float
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_groups_are_those_of_the_layers_and_hold(name: str) -> None:
-    net, x = made(name)
-    groups = bnsharp.scale_groups(net, x)
+    (net, x), groups = made(name), found_in(name)
     assert set(groups) == Structure(net).groups()
     assert groups.forwards < 60 and groups.residual < 1e-10
     assert not groups.partition.count or change_by_rescaling(net, x, groups) < 1e-8
@@ -202,19 +206,18 @@ def test_groups_are_those_of_the_layers_and_hold(name: str) -> None:
 
 def test_every_convolution_of_a_residual_network_is_normalized_by_row() -> None:
     """The same in words, without the graph: 20 convolutions, the first normalizer of each block, nothing else."""
-    net, x = made("resnet18")
+    (net, _), found = made("resnet18"), found_in("resnet18")
     rows = {f"{k}.weight" for k, m in net.named_modules() if isinstance(m, nn.Conv2d)}
     firsts = {f"layer{i}.{j}.bn1.{w}" for i in range(1, 5) for j in range(2) for w in ("weight", "bias")}
-    found = bnsharp.scale_groups(net, x)
     assert len(rows) == 20
     assert found.invariant == dict.fromkeys(rows, "row") | dict.fromkeys(firsts, "joint")
     assert found.forwards < 60
 
 
 def test_auxiliary_heads_that_are_off_are_inert() -> None:
-    net, x = made("googlenet")
+    net, _ = made("googlenet")
     heads = {k for k, _ in net.named_parameters() if k.startswith("aux")}
-    found = bnsharp.scale_groups(net, x).invariant
+    found = found_in("googlenet").invariant
     assert len(heads) == 14
     assert {k for k, kind in found.items() if kind == "inert"} == heads
 
@@ -405,9 +408,8 @@ def test_a_number_before_a_normalizer_is_never_inert(name: str, seed: int) -> No
 
 @pytest.fixture(scope="module")
 def resnet18() -> tuple[nn.Module, ScaleGroups, Tensor, Tensor]:
-    torch.manual_seed(0)
-    net, x = models.resnet18(weights=None, num_classes=10), torch.randn(8, 3, 32, 32)
-    return net, bnsharp.scale_groups(net, x), x, torch.arange(8)
+    net, x = made("resnet18")
+    return net, found_in("resnet18"), x[:4], torch.arange(4)
 
 
 def relative_change(resnet18: Any, dtype: torch.dtype, steps: int, exact: bool) -> float:
