@@ -269,7 +269,10 @@ def _of_logits(measure: Measure, normalize: bool) -> Measured:
 
 @dataclass(frozen=True)
 class MeasureSpec:
-    """A named measure for listings and commands: its builder, and whether rescaling scale groups leaves it alone."""
+    """A named measure for listings and commands: its builder, and whether rescaling scale groups leaves it alone.
+
+    ``invariant`` holds for the default options (adaptive sharpness is invariant at η = 0 only).
+    """
 
     build: Callable[..., Measured]
     summary: str
@@ -317,9 +320,12 @@ MEASURES: dict[str, MeasureSpec] = {
         keskar, "largest loss rise over 1 + L in a box relative to each weight, or in a random subspace of it",
         "Keskar et al. 2017, eq. 3-4",
     ),
-    "adaptive": _spec(adaptive, "largest loss rise, each weight perturbed in proportion", "Kwon et al. 2021"),
+    "adaptive": _spec(
+        adaptive, "largest loss rise, each weight perturbed in proportion", "Kwon et al. 2021", invariant=True
+    ),
     "adaptive_average": _spec(
-        adaptive_average, "mean loss rise, each weight perturbed in proportion", "Andriushchenko et al. 2023"
+        adaptive_average, "mean loss rise, each weight perturbed in proportion", "Andriushchenko et al. 2023",
+        invariant=True,
     ),
     "gaussian": _spec(gaussian, "mean loss rise under Gaussian noise of size sigma", "Neyshabur et al. 2017"),
     "lebesgue_ball": _spec(lebesgue_ball, "mean loss rise over a ball (or box) of radius delta", "Wen et al. 2018"),
@@ -347,7 +353,9 @@ MEASURES: dict[str, MeasureSpec] = {
         relative_flatness, "Hessian traces between a layer's neurons, weighted by their inner products",
         "Petzka et al. 2021",
     ),
-    "fisher_rao": _spec(fisher_rao, "Gauss-Newton form of the parameters themselves", "Liang et al. 2019"),
+    "fisher_rao": _spec(
+        fisher_rao, "Gauss-Newton form of the parameters themselves", "Liang et al. 2019", invariant=True
+    ),
     "pac_bayes": _spec(
         pac_bayes, "bound of the error rate under noise relative to each filter's norm", "McAllester 2003",
         invariant=True,

@@ -219,7 +219,7 @@ class Rise(Sampled):
         value = f.abs() if self.is_absolute else f
         error = (rounding(losses[:, 0]) + rounding(loss)).detach()
         if self.relative:
-            return value / (1 + loss), error / (1 + loss.detach())
+            return value / (1 + loss), error / (1 + loss.detach()).abs()
         return value, error
 
     def secant(self) -> tuple[float, float]:
@@ -292,7 +292,8 @@ class Curvature(Profile):
                     "curvature inside a torch.func transform is silently wrong through batch_norm; expected plain "
                     "tensors: use torch.autograd"
                 )
-            leaves = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+            # aliases: v may depend on θ itself, and H is the derivative at a fixed v
+            leaves = {k: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
             with torch.enable_grad(), math_attention():
                 grads = _grad(objective(P.make(leaves)), leaves)
                 return P.dot(v, _grad(P.dot(v, grads), leaves))

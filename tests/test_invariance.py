@@ -150,7 +150,7 @@ def test_a_transformation_that_applies_nowhere_has_no_cells() -> None:
         Matrix(linear, data)
     with pytest.raises(InputError, match="does not take"):
         Matrix(torch.nn.Linear(3, classes), data)
-    with pytest.raises(InputError, match="does not take"):
+    with pytest.raises(InputError, match="labels run"):
         Matrix(build("bn-mlp", shape, 3, seed=0, width=6), data)
 
 
