@@ -409,13 +409,13 @@ def test_a_number_before_a_normalizer_is_never_inert(name: str, seed: int) -> No
 @pytest.fixture(scope="module")
 def resnet18() -> tuple[nn.Module, ScaleGroups, Tensor, Tensor]:
     net, x = made("resnet18")
-    return net, found_in("resnet18"), x[:4], torch.arange(4)
+    return net, found_in("resnet18"), x, torch.arange(8)
 
 
-def relative_change(resnet18: Any, dtype: torch.dtype, steps: int, exact: bool) -> float:
+def relative_change(resnet18: Any, dtype: torch.dtype, steps: int, exact: bool, examples: int = 8) -> float:
     """``|S(T_a θ)/S(θ) − 1|`` for random factors in [0.1, 10]."""
     net, groups, x, y = resnet18
-    objective = bnsharp.Objective(net, F.cross_entropy, (x.to(dtype), y))
+    objective = bnsharp.Objective(net, F.cross_entropy, (x[:examples].to(dtype), y[:examples]))
     theta = P.pmap(lambda p: p.to(dtype), bnsharp.parameters(net))
     other = groups.rescale(theta, groups.random_factors(theta, torch.Generator().manual_seed(3)))
     measure = bnsharp.measures.bn_sharpness(groups, delta=0.05, steps=steps, nodes=3)
@@ -426,11 +426,16 @@ def relative_change(resnet18: Any, dtype: torch.dtype, steps: int, exact: bool) 
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.float64, 1e-9)], ids=["single", "double"])
-def test_bn_sharpness_is_that_of_the_rescaled_network(resnet18: Any, dtype: torch.dtype, bound: float, steps: int):
-    assert relative_change(resnet18, dtype, steps, exact=True) <= bound
+def test_bn_sharpness_is_that_of_the_rescaled_network(resnet18: Any, steps: int) -> None:
+    assert relative_change(resnet18, torch.float64, steps, exact=True, examples=4) <= 1e-9
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_in_single_precision_too(resnet18: Any, steps: int) -> None:
+    """As long as the rounding of gradients does not move kinks much: with few examples it does (docs)."""
+    assert relative_change(resnet18, torch.float32, steps, exact=True) <= 1e-3
 
 
 def test_the_stored_epsilon_breaks_it(resnet18: Any) -> None:
     """By far more than rounding: with it the rescaled network is another function."""
-    assert 1e-4 < relative_change(resnet18, torch.float64, 0, exact=False) < 0.5
+    assert 1e-4 < relative_change(resnet18, torch.float64, 0, exact=False, examples=4) < 0.5
