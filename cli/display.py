@@ -54,7 +54,7 @@ def progress(label: str, total: int, unit: str = "steps") -> Iterator[Bar]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(label, total=total or None, note="")
         yield Bar(
-            lambda n: bar.reset(task, total=n),
+            lambda n: bar.reset(task, total=n or None),
             lambda n: bar.advance(task, n),
             lambda text: bar.update(task, note=text),
         )
@@ -85,7 +85,8 @@ class _PlainLog:
         elapsed = time.monotonic() - self.started
         left = elapsed * (self.total - self.done) / self.done if 0 < self.done < self.total else 0.0
         eta = f", eta {left:.0f} s" if left else ""
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s{eta} {self.note}".rstrip()
+        of = f"/{self.total}" if self.total >= self.done else ""
+        line = f"{self.label}: {self.done}{of} {self.unit}, {elapsed:.0f} s{eta} {self.note}".rstrip()
         print(line, file=sys.stderr, flush=True)
         self.shown = self.done
 

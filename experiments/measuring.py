@@ -206,7 +206,9 @@ def measure_each(
         raise InputError(f"{type(module).__name__} does not take {data.name}'s inputs of shape {data.input_shape} and "
                          f"{len(data.classes)} classes ({str(error).splitlines()[0][:100]})") from error
     built = {name: measures.build_measure(name, groups, **chosen) for name, chosen in options.items()}
-    show.start(sum(measure.cost() for measure in built.values()) * objective.batches_seen)
+    # how long a target takes nobody knows
+    known = sum(measure.cost() for measure in built.values()) * objective.batches_seen
+    show.start(known if setting.target is None else 0)
     objective.on_evaluation = show.advance
     for name, measure in built.items():
         given = {**measures.MEASURES[name].options(), **options[name]}
