@@ -116,15 +116,15 @@ def test_torch_func_hessian_through_batch_norm() -> None:
 # ---------------------------------------------------------------- T1, T2
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv"])
-def test_t1_a_fixed_radius_is_not_invariant(kind: str) -> None:
-    """δ-sharpness with a fixed radius grows as one BN group shrinks."""
-    p, values = problem(kind, seed=3), []
-    for a in (1.0, 0.3, 0.1, 0.03):
-        factors = {p.rows[0]: torch.ones(len(p.params[p.rows[0]]), dtype=torch.float64)}
-        factors[p.rows[0]][0] = a
+@settings(max_examples=15)
+@given(problems(activations=("tanh", "relu")))
+def test_t1_a_fixed_radius_is_not_invariant(p: Problem) -> None:
+    """δ-sharpness with a fixed radius grows as the BN groups of a layer shrink."""
+    values: list[float] = []
+    for a in (1.0, 0.1, 0.03, 0.01):
+        factors = {p.rows[0]: torch.full((len(p.params[p.rows[0]]),), a, dtype=torch.float64)}
         scaled = oracles.rescale(p.params, p.rows[:1], factors)
-        values.append(epsilon_sharpness(delta=0.02)(p.objective(), scaled).value)
+        values.append(epsilon_sharpness(delta=1e-4, certify=0)(p.objective(), scaled).value)
     assert values == sorted(values) and values[-1] > 3 * values[0]
 
 
@@ -187,10 +187,11 @@ def test_t2_breaks_in_ambient_coordinates(kind: str) -> None:
 # ---------------------------------------------------------------- T5, T6, T7, section 7
 
 
-@pytest.mark.parametrize("ball", ["joint", "box"])
-def test_t5_the_power_mean_tends_to_the_maximum(ball: str) -> None:
+@settings(max_examples=6)
+@given(st.sampled_from(["joint", "box"]), st.integers(0, 1000))
+def test_t5_the_power_mean_tends_to_the_maximum(ball: str, seed: int) -> None:
     """Over n draws ``max·n^{−1/p} ≤ (mean |f|^p)^{1/p} ≤ max``, growing with p; over the ball, to its maximum."""
-    g = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    g = torch.randn(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     params = P.make({"w": torch.zeros(2, dtype=torch.float64)})
     n, values = 1500, []
     exponents = (1.0, 2.0, 8.0, 64.0, 512.0)
@@ -201,8 +202,9 @@ def test_t5_the_power_mean_tends_to_the_maximum(ball: str) -> None:
     assert values[-1] <= maximum and values[-1] == pytest.approx(maximum, rel=0.1)
 
 
-def test_t5_bound_of_the_power_mean() -> None:
-    x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@given(st.integers(0, 1000))
+def test_t5_bound_of_the_power_mean(seed: int) -> None:
+    x = torch.randn(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for exponent in (1.0, 3.0, 16.0, 1000.0):
         value, top = PowerMean(exponent)(x)[0].item(), x.abs().max().item()
         assert top * 50 ** (-1 / exponent) <= value * (1 + 1e-12) <= top * (1 + 2e-12)
@@ -251,11 +253,11 @@ def test_t7_grows_with_p(p: Problem, delta: float, steps: int) -> None:
 # ---------------------------------------------------------------- T8, T9: second order
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv"])
-def test_t8_the_trace_is_not_invariant(kind: str) -> None:
+@settings(max_examples=6)
+@given(strategies.scaled_problems())
+def test_t8_the_trace_is_not_invariant(case: tuple[Problem, dict[str, Tensor]]) -> None:
     """Scaling group i by a divides the trace of its block by a²; the relative trace stays."""
-    p = problem(kind, seed=5)
-    a = {k: torch.logspace(-0.5, 0.5, len(p.params[k]), dtype=torch.float64) for k in p.rows}
+    p, a = case
     scaled = oracles.rescale(p.params, p.rows, a)
     blocks, relative = [], []
     for x in (p.params, scaled):
@@ -263,7 +265,8 @@ def test_t8_the_trace_is_not_invariant(kind: str) -> None:
         blocks.append([float(diagonal[i].sum()) for i in row_index(p)])
         relative.append(sum(float(theta[i].norm() ** 2 / len(i) * diagonal[i].sum()) for i in p.index))
     factors = torch.cat([a[k] for k in p.rows]).tolist()
-    assert blocks[1] == pytest.approx([b / f**2 for b, f in zip(blocks[0], factors, strict=True)], rel=1e-8, abs=1e-10)
+    expected = [b / f**2 for b, f in zip(blocks[0], factors, strict=True)]
+    assert blocks[1] == pytest.approx(expected, rel=1e-7, abs=1e-9 * max(map(abs, expected)))
     assert relative[1] == pytest.approx(relative[0], rel=1e-8)
 
 
@@ -298,10 +301,11 @@ def test_t9_at_an_exact_minimum(p: Problem, exponent: float) -> None:
     assert found.value / 1e-6 == pytest.approx(factor * top.value, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv"])
-def test_t9_null_directions_at_a_minimum(kind: str) -> None:
+@settings(max_examples=6)
+@given(problems())
+def test_t9_null_directions_at_a_minimum(p: Problem) -> None:
     """``H θ_i = 0`` for every invariant group."""
-    p = strategies.at_own_output(problem(kind, seed=1))
+    p = strategies.at_own_output(p)
     hessian, theta = oracles.dense_hessian(p.loss, p.params), oracles.flatten(p.params)
     for i in row_index(p):
         direction = torch.zeros_like(theta)
