@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.probing import Probe, _NotGeneric, _rms
+from bnsharp.probing import NotGeneric, Probe, _rms
 
 FLOOR = 1e-11
 """Gradients below this, relative to the largest tensor's ‖θ‖‖g‖, are rounding."""
@@ -141,7 +141,7 @@ def _sums(probe: Probe, theta: Mapping[str, Tensor]) -> dict[str, _Sums]:
     leaves = {k: v.detach().requires_grad_() for k, v in theta.items()}
     try:
         out = probe.out(leaves)
-    except _NotGeneric:
+    except NotGeneric:
         return {}
     generator = P.seeded(probe.seed * 8 + 6, torch.device("cpu"))
     terms = [(torch.randn(a.shape, generator=generator, dtype=a.dtype).to(a.device) * a).sum() / _rms(a) for a in out]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from bnsharp import params as P
 from bnsharp.errors import InputError
-from bnsharp.modes import exact_norms, math_attention, measuring, untouched
+from bnsharp.modes import probing
 from bnsharp.partition import Group, Partition
 from bnsharp.probing import Probe, find_groups, log_uniform
 from bnsharp.types import Params
@@ -178,15 +177,7 @@ def scale_groups(module: nn.Module, x: Any, *, seed: int = 0, tolerance: float =
         raise InputError(f"tolerance={tolerance}; expected a finite tolerance > 0")
     P.live(module)
     module = P.unwrap(module)
-    devices = {p.device for p in module.parameters()}
-    with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), untouched(module)):
-            stack.enter_context(context)
-        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
-        for device_type in {d.type for d in devices}:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        for context in (measuring(module, "batch"), exact_norms(module), math_attention()):
-            stack.enter_context(context)
+    with probing(module):
         probe = Probe(module, x, seed)
         groups, residual = find_groups(probe, tolerance)
         return ScaleGroups(groups, forwards=probe.forwards, residual=residual)

@@ -8,7 +8,7 @@ only being measured. Every change is undone in a ``finally``, in reverse order, 
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -129,6 +129,21 @@ def math_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def probing(module: nn.Module) -> Iterator[None]:
+    """Everything that makes a network a deterministic, differentiable function with negligible ε; all is put back."""
+    devices = {p.device for p in module.parameters()}
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), untouched(module)):
+            stack.enter_context(context)
+        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
+        for device_type in {d.type for d in devices}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        for context in (measuring(module, "batch"), exact_norms(module), math_attention()):
+            stack.enter_context(context)
+        yield
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _SPREADS = (0.5, 0.1, 0.02)
 # ---------------------------------------------------------------- the network as a function of its parameters
 
 
-class _NotGeneric(Exception):
+class NotGeneric(Exception):
     """At this point the output or its gradient is not finite, or a dead layer hides the network behind it."""
 
 
@@ -73,7 +73,7 @@ class Probe:
             )
         leaves = [a[~a.detach().isinf()] if bool(a.detach().isinf().any()) else a for a in leaves]
         if not any(a.numel() for a in leaves) or any(bool(a.detach().isnan().any()) for a in leaves):
-            raise _NotGeneric
+            raise NotGeneric
         return leaves
 
     def draw(self, name: str, stream: int) -> Tensor:
@@ -131,7 +131,7 @@ class Probe:
             g = torch.zeros_like(t) if grad is None else grad.reshape(t.shape)
             sums[name] = torch.stack([_row_dots(a, b) for a, b in ((t, g), (t, t), (g, g))]).cpu()
         if not all(bool(s.isfinite().all()) for s in sums.values()):
-            raise _NotGeneric
+            raise NotGeneric
         return [a.detach() for a in out], sums
 
 
@@ -203,7 +203,7 @@ class _Screen:
 
 def find_groups(probe: Probe, tolerance: float) -> tuple[list[Group], float]:
     """The scale groups, and the largest relative change of the output when all were rescaled at once."""
-    screen, base = _screened(probe, tolerance)
+    screen, base = screened(probe, tolerance)
     residual = 0.0
 
     def holds(groups: Sequence[Group]) -> bool:
@@ -211,8 +211,8 @@ def find_groups(probe: Probe, tolerance: float) -> tuple[list[Group], float]:
         residual = 0.0
         for index, reference in enumerate(base):
             try:
-                change = _change(reference, probe.out(probe.transformed(index, groups))) if groups else 0.0
-            except _NotGeneric:
+                change = output_change(reference, probe.out(probe.transformed(index, groups))) if groups else 0.0
+            except NotGeneric:
                 return False
             if change > tolerance:
                 return False
@@ -241,11 +241,11 @@ def find_groups(probe: Probe, tolerance: float) -> tuple[list[Group], float]:
         if revived:
             screen.revived |= revived
             for index in range(2):
-                with suppress(_NotGeneric):
+                with suppress(NotGeneric):
                     screen.add(probe.screen(probe.point(index, revived), 6)[1])
 
 
-def _screened(probe: Probe, tolerance: float) -> tuple[_Screen, list[list[Tensor]]]:
+def screened(probe: Probe, tolerance: float) -> tuple[_Screen, list[list[Tensor]]]:
     """Both generic points: the screen and the outputs, with less noise if one is not generic."""
     for spread in _SPREADS:
         probe.spread = spread
@@ -256,15 +256,15 @@ def _screened(probe: Probe, tolerance: float) -> tuple[_Screen, list[list[Tensor
                 out, sums = probe.screen(theta, 6 + index)
                 if not all(map(torch.equal, state, _random_states(probe))):
                     raise _random(probe.module, "it draws from the global random state")
-                if index == 0 and (change := _change(out, probe.out(theta))) > tolerance:
+                if index == 0 and (change := output_change(out, probe.out(theta))) > tolerance:
                     raise _random(probe.module, f"two evaluations at one point differ by {change:.1e}")
                 if spread != _SPREADS[-1] and _same_for_all_examples(out):
-                    raise _NotGeneric
+                    raise NotGeneric
                 if not screen.add(sums):
                     raise _unrelated(probe.module)
                 base.append(out)
             return screen, base
-        except _NotGeneric:
+        except NotGeneric:
             continue
     raise InputError(
         f"{type(probe.module).__name__} gives outputs or gradients that are not finite near its parameters; expected "
@@ -272,7 +272,7 @@ def _screened(probe: Probe, tolerance: float) -> tuple[_Screen, list[list[Tensor
     )
 
 
-def _change(reference: Sequence[Tensor], out: Sequence[Tensor]) -> float:
+def output_change(reference: Sequence[Tensor], out: Sequence[Tensor]) -> float:
     """Largest change of an output relative to the root mean square of its tensor."""
     if [a.shape for a in reference] != [b.shape for b in out]:
         return math.inf

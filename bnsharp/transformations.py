@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -22,9 +22,9 @@ from bnsharp import params as P
 from bnsharp.channels import Site, find_sites
 from bnsharp.errors import InputError
 from bnsharp.groups import TOLERANCE, ScaleGroups, scale_groups
-from bnsharp.modes import exact_norms, math_attention, measuring, untouched
+from bnsharp.modes import probing
 from bnsharp.partition import Group
-from bnsharp.probing import Probe, _change, _NotGeneric, _screened, log_uniform
+from bnsharp.probing import NotGeneric, Probe, log_uniform, output_change, screened
 from bnsharp.types import Params
 
 REPAIRS = 16
@@ -154,7 +154,7 @@ def find(
     groups = scale_groups(module, x, seed=seed, tolerance=tolerance) if groups is None else groups
     groups = groups.resolve(P.live(P.unwrap(module)))
     module = P.unwrap(module)
-    with _probing(module):
+    with probing(module):
         probe = Probe(module, x, seed)
         check = _Check.at_points(probe, tolerance)
         residual = check.groups(groups) if given else groups.residual
@@ -191,8 +191,8 @@ class _Check:
     @staticmethod
     def at_points(probe: Probe, tolerance: float) -> _Check:
         """The outputs; the network's own are left out where they are not finite."""
-        base = list(_screened(probe, tolerance)[1])
-        with suppress(_NotGeneric):
+        base = list(screened(probe, tolerance)[1])
+        with suppress(NotGeneric):
             base.append([a.detach() for a in probe.out(_own(probe))])
         return _Check(probe, base, tolerance)
 
@@ -205,8 +205,8 @@ class _Check:
             for site in sites:
                 theta |= transform(site, theta, generator)
             try:
-                largest = max(largest, _change(self.base[index], self.probe.out(theta)))
-            except _NotGeneric:
+                largest = max(largest, output_change(self.base[index], self.probe.out(theta)))
+            except NotGeneric:
                 return math.inf
             if largest > self.tolerance:
                 break
@@ -235,7 +235,8 @@ class _Check:
         members: Sequence[Group] = groups.groups
         change = 0.0
         for index, reference in enumerate(self.base[:2]):
-            change = _change(reference, self.probe.out(self.probe.transformed(index, members))) if members else 0.0
+            moved = self.probe.out(self.probe.transformed(index, members)) if members else reference
+            change = output_change(reference, moved)
             if change > self.tolerance:
                 raise InputError(
                     f"rescaling the scale groups given changes the output by {change:.1e}; expected scale-invariant "
@@ -342,18 +343,3 @@ def _random_order(site: Site, generator: torch.Generator) -> Tensor:
 def _without_zero_degrees(site: Site) -> Site:
     kept = [(k, d) for k, d in zip(site.rows, site.degrees, strict=True) if d]
     return replace(site, rows=tuple(k for k, _ in kept), degrees=tuple(d for _, d in kept))
-
-
-@contextmanager
-def _probing(module: nn.Module) -> Iterator[None]:
-    """The modes in which a network is a deterministic function that can be probed; everything is put back."""
-    devices = {p.device for p in module.parameters()}
-    with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), untouched(module)):
-            stack.enter_context(context)
-        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
-        for device_type in {d.type for d in devices}:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        for context in (measuring(module, "batch"), exact_norms(module), math_attention()):
-            stack.enter_context(context)
-        yield

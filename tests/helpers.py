@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import settings
@@ -184,6 +184,19 @@ def command(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedPro
         [sys.executable, "-m", "bnsharp.cli", *map(str, arguments)],
         capture_output=True, text=True, timeout=300, cwd=cwd,
     )
+
+
+SMALL = ["--epochs", "2", "--batch-size", "32", "--set", "train_size=96", "--set", "width=8", "--set", "depth=1",
+         "--set", "threads=1"]
+"""A training run of a second."""
+
+
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
 
 
 def tree(path: Path) -> dict[str, bytes]:

@@ -9,71 +9,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import command, read_lines, tree
+from helpers import SMALL, Done, read_lines, tree
 from PIL import Image
 
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, load
-from bnsharp.cli import main
 
-SMALL = ["--epochs", "2", "--batch-size", "32", "--set", "train_size=96", "--set", "width=8", "--set", "depth=1",
-         "--set", "threads=1"]
 KEYS = {"value", "stderr", "error", "upper", "seconds", "statistics", "batch_size"}
 CHEAP = ["--set", "draws=3", "--measure", "gaussian"]
-
-
-class Done(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: Any) -> Done:
-        monkeypatch.setattr(sys, "argv", ["bnsharp", *map(str, arguments)])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code or 0
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, made by a process of its own; tests read it only."""
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    done = command("train", "--algorithm", "sgds-1", *SMALL, "--out", path)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "finished" in done.stdout
-    return path
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder: two classes, four training and two test images each, 32 × 32 pixels, RGB."""
-    root, rng = tmp_path_factory.mktemp("data") / "images", np.random.default_rng(0)
-    for split, n in (("train", 4), ("test", 2)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
 
 
 def refused(done: Done, word: str) -> None:

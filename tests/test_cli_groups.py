@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from helpers import Done
 from torchvision import models
 
 import bnsharp
-from bnsharp.cli import main
 
 KEYS = {
     "source", "network", "inputs", "seed", "parameters", "coordinates", "invariant_parameters",
     "invariant_coordinates", "inert_parameters", "inert_coordinates", "groups", "forwards", "residual", "seconds",
     "found",
 }
-
-
-class Done(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any) -> Any:
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: Any) -> Done:
-        monkeypatch.setattr(sys, "argv", ["bnsharp", *map(str, arguments)])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code or 0
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return call
 
 
 def record(done: Done) -> dict[str, Any]:

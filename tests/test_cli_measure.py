@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers import tree
-from test_cli import finished, refused, results, run  # noqa: F401  (fixtures)
+from test_cli import refused, results
 
 from bnsharp.experiments.measuring import Setting, measure_all, options_for
 from bnsharp.experiments.run import Batches, read_run
@@ -22,7 +22,7 @@ from bnsharp.measures import MEASURES
 CHEAP = {"steps": 1, "restarts": 0, "draws": 4, "iterations": 5, "certify": 1, "halvings": 6, "pilot": 1, "rise": 0.5}
 
 
-def test_every_measure_is_taken_and_says_on_what(run: Any, finished: Path) -> None:  # noqa: F811
+def test_every_measure_is_taken_and_says_on_what(run: Any, finished: Path) -> None:
     before = tree(finished)
     options = {o for spec in MEASURES.values() for o in spec.options()}
     settings = [a for k, v in CHEAP.items() if k in options for a in ("--set", f"{k}={v}")]
@@ -42,7 +42,7 @@ def test_every_measure_is_taken_and_says_on_what(run: Any, finished: Path) -> No
     assert tree(finished) == before
 
 
-def test_streamed_batches(run: Any, finished: Path) -> None:  # noqa: F811
+def test_streamed_batches(run: Any, finished: Path) -> None:
     common = ["--measure", "gaussian", "--measure", "hessian_trace", "--set", "draws=4", "--json"]
     whole = results(run("measure", finished, *common, "--statistics", "running"))
     cut = results(run("measure", finished, *common, "--statistics", "running", "--batch-size", "40"))
@@ -56,7 +56,7 @@ def test_streamed_batches(run: Any, finished: Path) -> None:  # noqa: F811
     )  # batch statistics of 40 are another function than those of 96
 
 
-def test_a_single_last_example_joins_the_batch_before(finished: Path) -> None:  # noqa: F811
+def test_a_single_last_example_joins_the_batch_before(finished: Path) -> None:
     _, net, data = read_run(finished)
     assert [len(y) for _, y in Batches(data, 96, 95)] == [96]
     assert [len(y) for _, y in Batches(data, 91, 30)] == [30, 30, 31]
@@ -65,7 +65,7 @@ def test_a_single_last_example_joins_the_batch_before(finished: Path) -> None:  
     assert record["gaussian"]["examples"] == 91
 
 
-def test_a_target_error_is_met(run: Any, finished: Path) -> None:  # noqa: F811
+def test_a_target_error_is_met(run: Any, finished: Path) -> None:
     common = ["measure", finished, "--measure", "gaussian", "--set", "draws=10", "--set", "sigma=0.1", "--json"]
     plain, aimed = results(run(*common))["gaussian"], results(run(*common, "--target-error", "0.2"))["gaussian"]
     assert plain["draws"] == 10 and plain["converged"] is None
@@ -75,7 +75,7 @@ def test_a_target_error_is_met(run: Any, finished: Path) -> None:  # noqa: F811
     refused(run("measure", finished, "--target-error", "-1"), "target")
 
 
-def test_float32_is_promoted_where_it_must(run: Any, finished: Path) -> None:  # noqa: F811
+def test_float32_is_promoted_where_it_must(run: Any, finished: Path) -> None:
     common = ["measure", finished, "--measure", "gaussian", "--set", "draws=4", "--set", "sigma=1e-5", "--json"]
     double = results(run(*common))["gaussian"]
     single = results(run(*common, "--precision", "float32"))["gaussian"]
@@ -87,7 +87,7 @@ def test_float32_is_promoted_where_it_must(run: Any, finished: Path) -> None:  #
     assert "promoted to float64" in done.out
 
 
-def test_engines_agree(run: Any, finished: Path) -> None:  # noqa: F811
+def test_engines_agree(run: Any, finished: Path) -> None:
     common = ["measure", finished, "--measure", "gaussian", "--set", "draws=20", "--json"]
     one, two = (results(run(*common, "--engine", e))["gaussian"] for e in ("loop", "vmap"))
     assert two["value"] == pytest.approx(one["value"], rel=1e-10) and two["engine"] == "vmap(16)"
@@ -95,11 +95,11 @@ def test_engines_agree(run: Any, finished: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("arguments", [["--batch-size", "1"], ["--batch-size", "0"], ["--model-set", "width"]])
-def test_bad_settings_are_refused(run: Any, finished: Path, arguments: list[str]) -> None:  # noqa: F811
+def test_bad_settings_are_refused(run: Any, finished: Path, arguments: list[str]) -> None:
     refused(run("measure", finished, *arguments), "expected")
 
 
-def test_interruption_keeps_what_was_done(finished: Path) -> None:  # noqa: F811
+def test_interruption_keeps_what_was_done(finished: Path) -> None:
     """Ctrl-C in the middle of the second measure: the first, and the second from the draws so far; exit code 130."""
     before = tree(finished)
     process = subprocess.Popen(

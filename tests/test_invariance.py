@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from helpers import command, tree
 
 from bnsharp import Estimate, InputError
 from bnsharp import params as P
-from bnsharp.cli import main
 from bnsharp.data import load
 from bnsharp.experiments import invariance as study
 from bnsharp.experiments.invariance import Cell, Matrix, Row, cell, cheap_options, compare, figure, text, to_csv
@@ -162,31 +160,6 @@ def test_the_module_is_left_as_it_was(matrix: Matrix) -> None:
 
 
 # ---------------------------------------------------------------- the command
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: Any) -> Done:
-        monkeypatch.setattr(sys, "argv", ["bnsharp", *map(str, arguments)])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code or 0
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
