@@ -122,7 +122,7 @@ class Measure:
                 run = _Run(self, objective, P.pmap(Tensor.double, params), generator)
                 estimate = replace(run.finish(sampling), promoted=True)
             else:
-                estimate = replace(estimate, error=max(estimate.error, rounding))
+                estimate = replace(estimate, error=estimate.error + rounding)
         spent = objective.evaluations - before
         return replace(estimate, evaluations={k: spent.get(k, 0) for k in ("gradients", "losses", "products")})
 
@@ -195,13 +195,14 @@ class _Run:
         most = least if target is None else LONGEST * least
         score = ExactScore(self.measure.profile, self.frame, self.anchor)
         self.found = directions.times(most // least)(score, self.frame, self.generator)
-        for start in range(0, most, ROUND):
-            # what a measure takes without a target does not depend on the rounds
-            stop = min(start + ROUND, least if start < least else most)
-            self._evaluate(range(start, stop))
-            estimate = self._drawn(stop, target)
+        done = 0
+        while done < most:
+            stop = min(done + ROUND, least if done < least else most)
+            self._evaluate(range(done, stop))
+            done = stop
+            estimate = self._estimate(target, draws=done)
             yield estimate
-            if stop >= least and estimate.converged is not False:
+            if done >= least and estimate.converged is not False:
                 return
 
     def _evaluate(self, indices: range) -> None:
@@ -219,15 +220,16 @@ class _Run:
 
     def _reduced(self) -> tuple[float, float, float, float, float | None]:
         """Value, standard error, effective samples, numerical error, standard error over batches."""
-        values = torch.cat([k.values for k in self.values])
+        values = torch.cat([k.values for k in self.values]).cpu().double()
         errors = torch.cat([k.errors for k in self.values])
-        value, stderr, effective = self.measure.reduce(values.double())
+        value, stderr, effective = self.measure.reduce(values)
         if not self.measure.directions.is_drawn:  # nothing was sampled
             stderr = torch.zeros_like(stderr)
         rests = [k.left_out for k in self.values]
         data = None
         if all(rest is not None for rest in rests):
-            left_out = torch.stack([self.measure.reduce(row.double())[0] for row in torch.cat(rests, 1)])  # type: ignore[arg-type]
+            rows = torch.cat(rests, 1).cpu().double()  # type: ignore[arg-type]
+            left_out = torch.stack([self.measure.reduce(row)[0] for row in rows])
             data = float(((len(left_out) - 1) * left_out.var(correction=0)).sqrt())
         return float(value), float(stderr), float(effective), float(errors.max()) + self.found.error, data
 
@@ -245,9 +247,6 @@ class _Run:
         if target is None:
             return estimate
         return replace(estimate, converged=estimate.half_width <= target * abs(value))
-
-    def _drawn(self, n: int, target: float | None) -> Estimate:
-        return self._estimate(target, draws=n)
 
     def _searched(self, target: float | None) -> Estimate:
         values = torch.cat([k.values for k in self.values])

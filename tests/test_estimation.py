@@ -175,6 +175,9 @@ def test_sampling_goes_on_until_the_target_is_met() -> None:
     target = plain.half_width / abs(plain.value) / 4
     found = measure(objective, params, None, Sampling(target))
     assert found.converged and found.draws > 20 and found.half_width <= target * abs(found.value)
+    assert found.effective_samples == found.draws
+    again = measures.gaussian(sigma=0.2, draws=found.draws)(objective, params)
+    assert again.value == found.value and again.stderr == found.stderr
     assert measure(objective, params, None, Sampling(10.0)).value == plain.value  # met by its own draws
     hopeless = measures.gaussian(sigma=0.2, draws=2)(objective, params, None, Sampling(1e-9))
     assert hopeless.converged is False and hopeless.draws == 2 * LONGEST
