@@ -1,11 +1,11 @@
 """Upper bounds of searched maxima, where the second-order term rules.
 
-With ``M = SHS`` in unit coordinates (S the scale) and K balls ``‖u_i‖ ≤ 1``, for any multipliers w
+With ``M = SHS`` in unit coordinates (S the scale) and K spheres ``‖u_i‖ = 1``, for any multipliers w
 
     max_u uᵀMu  ≤  Σ_i w_i + K·λ_max(M − D_w),
 
-``D_w`` multiplying ball i by ``w_i``: convex in w, at the cost of an extreme eigenvalue per evaluation. For directions
-on the spheres every w is allowed. At ``w_i = ⟨u_i, (Mu)_i⟩`` of a true maximiser λ_max is often 0: it is certified.
+``D_w`` multiplying group i by ``w_i``: convex in w, at the cost of an extreme eigenvalue per evaluation. At
+``w_i = ⟨u_i, (Mu)_i⟩`` of a true maximiser λ_max is often 0: it is certified.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from bnsharp import params as P
-from bnsharp.geometry import Frame, PartitionBall
+from bnsharp.geometry import Frame, JointBall, PartitionBall
 from bnsharp.lanczos import Ritz, top_eigenpair
 from bnsharp.laws import Sphere
 from bnsharp.profiles import Anchor, Profile
@@ -30,7 +30,7 @@ HIGHER_ORDER = 0.05
 
 @dataclass(frozen=True)
 class QuadraticBound:
-    """``max_{‖u_i‖ ≤ 1} uᵀMu ≤ value``.
+    """``max_{‖u_i‖ = 1} uᵀMu ≤ value``.
 
     Attributes:
         value: the bound.
@@ -57,7 +57,7 @@ def multiplier_bound(
 
     Args:
         apply: ``u ↦ M u``, M in unit coordinates.
-        frame: whose ball is a product of K unit balls (zero-norm groups are left out).
+        frame: whose ball is a product over K groups (zero-norm groups are left out).
         u: the direction found; the multipliers start at ``⟨u_i, (Mu)_i⟩``.
         iterations: eigenvalue solves, at most; it ends when the gap is below ``tolerance`` of the attained value.
         lanczos: products per eigenvalue solve, at most.
@@ -71,12 +71,13 @@ def multiplier_bound(
     products = 1
     w = partition.dots(u, image)
     attained = float(w.sum())
-    start = Sphere()(ball, frame.like, generator)
+    start = _random(frame, generator)
     bounds: list[float] = []
     for _ in range(max(1, iterations)):
-        top = _shifted_top(apply, partition.spread(w, u), start, lanczos, tolerance * abs(attained) / (2 * k))
+        top = _shifted_top(apply, partition.spread(w, u), start, lanczos, tolerance * abs(attained) / (20 * k))
         products += top.products
-        excess = top.value + top.residual  # an upper end for the eigenvalue
+        # an upper end for the eigenvalue; u itself shows that it is not negative
+        excess = max(0.0, top.value + top.residual)
         bound = float(w.sum()) + k * excess
         bounds.append(bound)
         gap = bound - attained
@@ -87,8 +88,14 @@ def multiplier_bound(
         if size <= 1e-12:
             break
         w = w - (gap / size) * slope
-        start = P.combine(1.0, top.vector, 1e-3, start)
+        # as much noise as eigenvector: a start inside an invariant subspace never sees what lies outside
+        start = P.combine(1.0, top.vector, 1.0, _random(frame, generator))
     return QuadraticBound(min(bounds), bounds[0], products)
+
+
+def _random(frame: Frame, generator: torch.Generator) -> Params:
+    """A uniform direction over all coordinates."""
+    return Sphere()(JointBall(), frame.like, generator)
 
 
 def _shifted_top(
@@ -140,8 +147,7 @@ def _other_sign(
     ball = frame.ball
     assert isinstance(ball, PartitionBall)
     k = int(ball.count(frame.scale, frame.like))
-    start = Sphere()(ball, frame.like, generator)
-    top = top_eigenpair(apply, start, 60, 1e-3)
+    top = top_eigenpair(apply, _random(frame, generator), 60, 1e-3)
     plain = k * max(0.0, top.value + top.residual)
     if plain <= enough:
         return plain

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.checks import positive, whole
-from bnsharp.errors import InputError
+from bnsharp.errors import InputError, NotFiniteError
 from bnsharp.estimation import DEFAULT_SEED, ONCE, Measure, Sampling, check
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.objective import Objective
@@ -59,7 +59,8 @@ def normalized_logits(criterion: Criterion) -> Criterion:
 
     def normalized(output: Tensor, y: Tensor) -> Tensor:
         centred = output - output.mean(-1, keepdim=True)
-        size = centred.square().mean(-1, keepdim=True).sqrt()
+        # a norm has a gradient, 0, where all logits are equal
+        size = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(output.shape[-1])
         return criterion(centred * P.safe_reciprocal(size), y)
 
     return normalized
@@ -122,8 +123,8 @@ class LargestRadius:
     the logarithm, between ``smallest`` and ``largest``; flatness in Jiang's sense is ``1/radius²``.
 
     ``Estimate``: ``value`` the radius; ``stderr`` that of the measure over its slope in the radius; ``error`` half the
-    last bracket; ``converged`` False where even ``largest`` is borne (the value is a lower bound) or ``smallest``
-    is not (an upper one).
+    last bracket, infinite outside; a target error is not sampled for, only compared with; ``converged``
+    False where even ``largest`` is borne (the value is a lower bound) or ``smallest`` is not (an upper one).
 
     Args:
         measure: radius ↦ measure.
@@ -163,7 +164,10 @@ class LargestRadius:
 
         def at(radius: float) -> Estimate:
             generator.set_state(state)
-            return self.measure(radius)(objective, params, generator, quiet)
+            try:
+                return self.measure(radius)(objective, params, generator, quiet)
+            except NotFiniteError:  # more than anything that is borne
+                return Estimate(math.inf, math.inf, math.inf)
 
         low, high = self.smallest, self.largest
         below, above = at(low), at(high)
@@ -180,18 +184,19 @@ class LargestRadius:
                 high, above = middle, estimate
         # over a factor wide enough that the jumps of an error rate even out
         slope = (at(NEAR * low).value - at(low / NEAR).value) / (low * (NEAR - 1 / NEAR)) if inside else math.inf
-        if sampling.target is not None:
-            inside = inside and high - low <= 2 * sampling.target * low
         spent = objective.evaluations - before
-        return replace(
+        found = replace(
             below,
             value=low,
             stderr=below.stderr / slope if slope > 0 else math.inf,
-            error=(high - low) / 2,
+            error=(high - low) / 2 if inside else math.inf,  # outside the bracket only a bound is known
             stderr_data=None,
             converged=inside,
             evaluations={k: spent.get(k, 0) for k in ("gradients", "losses", "products")},
         )
+        if sampling.target is None or not inside:
+            return found
+        return replace(found, converged=found.half_width <= sampling.target * low)
 
     def cost(self) -> int:
         return (self.halvings + 4) * self.measure(self.largest).cost()

@@ -20,7 +20,7 @@ from torch import Tensor
 from bnsharp import params as P
 from bnsharp.checks import at_least, one_of, positive, whole
 from bnsharp.errors import InputError
-from bnsharp.geometry import Frame
+from bnsharp.geometry import Frame, Geometry
 from bnsharp.lanczos import top_eigenpair
 from bnsharp.laws import Law, Sphere
 from bnsharp.types import Found, Params, Scored
@@ -42,6 +42,10 @@ class Directions(Protocol):
         """Whether the directions are independent draws, of which there could be more."""
         ...
 
+    def moving(self, u: Params, geometry: Geometry, params: Params) -> Params:
+        """``v`` as a function of θ, for derivatives."""
+        ...
+
     def times(self, factor: int) -> Directions:
         """``factor`` times as many draws, the first ones the same; itself where nothing is drawn."""
         ...
@@ -53,7 +57,15 @@ class Directions(Protocol):
         ...
 
 
-class Fixed:
+class Placed:
+    """How directions move with θ."""
+
+    def moving(self, u: Params, geometry: Geometry, params: Params) -> Params:
+        """``v`` as a function of θ: the unit direction u is held."""
+        return geometry.place(u, params)
+
+
+class Fixed(Placed):
     """What directions that are no draws have in common."""
 
     is_drawn: ClassVar[bool] = False
@@ -63,7 +75,7 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Draw(Placed):
     """``n`` independent draws of a law; each is remade from its own seed when asked for, never n at once."""
 
     law: Law
@@ -107,6 +119,10 @@ class Own(Fixed):
 
     def cost(self) -> int:
         return 1
+
+    def moving(self, u: Params, geometry: Geometry, params: Params) -> Params:
+        """θ itself, whatever the scale does."""
+        return params
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         if frame.linear is not None:

@@ -9,3 +9,7 @@ class InputError(ValueError):
 
 class DivergedError(RuntimeError):
     """Training met a non-finite loss or gradient; the message says at which epoch and step."""
+
+
+class NotFiniteError(InputError):
+    """A loss that is not finite at a perturbed point."""

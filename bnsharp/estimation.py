@@ -17,7 +17,7 @@ from bnsharp import params as P
 from bnsharp.bounds import upper_bound
 from bnsharp.checks import positive, whole
 from bnsharp.directions import Directions
-from bnsharp.errors import InputError
+from bnsharp.errors import InputError, NotFiniteError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Frame, Geometry
 from bnsharp.profiles import Anchor, Profile
@@ -139,12 +139,20 @@ class Measure:
         params: Params,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The measure as a scalar, differentiable in ``params``; directions found at ``params`` detached."""
+        """The measure as a scalar, differentiable in ``params``; directions found at ``params`` detached.
+
+        Through ``batch_norm`` PyTorch has no third derivative, so that a curvature's penalty has a value but no
+        gradient there: ``Penalty(measure, gradient="exact")`` takes it by differences.
+        """
         objective = as_objective(objective)
         fixed = P.pmap(torch.Tensor.detach, params)
         found = self.search(Anchor(objective, fixed), generator)
         n = P.count(found.u)
-        v = P.Lazy(n, lambda i: self.geometry.place(P.pmap(torch.Tensor.detach, P.pick(found.u, i)), params))
+
+        def moving(i: int) -> Params:
+            return self.directions.moving(P.pmap(torch.Tensor.detach, P.pick(found.u, i)), self.geometry, params)
+
+        v = P.Lazy(n, moving)
         return self.reduce(self.profile(objective, params, v))[0]
 
     def search(self, anchor: Anchor, generator: torch.Generator | None) -> Found:
@@ -209,7 +217,7 @@ class _Run:
         known = self.measure.profile.evaluate(self.anchor, self._placed(indices))
         bad = int((~known.values.isfinite()).sum())
         if bad:
-            raise InputError(
+            raise NotFiniteError(
                 f"the loss is not finite at {bad} of {len(known.values)} perturbed points; "
                 "expected finite losses: make the perturbation smaller"
             )

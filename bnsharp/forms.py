@@ -81,7 +81,8 @@ def gauss_newton_form(term: Term, params: Params) -> Form:
         with torch.enable_grad(), math_attention():
             inner = torch.stack([(g * v[k]).sum() for k, g in zip(leaves, pulled, strict=True)]).sum()
             jv = _grad(inner, w, retain_graph=True)
-        value = output_form(term, tree_unflatten(z, spec), floating, jv).detach()
+        fixed = [a.detach() if isinstance(a, Tensor) else a for a in z]
+        value = output_form(term, tree_unflatten(fixed, spec), floating, jv).detach()
         return torch.stack([value, value.abs()])
 
     return form
@@ -91,8 +92,9 @@ def output_form(term: Term, output: Any, floating: Sequence[int], d: Sequence[Te
     """``dᵀ (∇²_z ℓ) d`` at an output z, differentiable in z where ``d`` and z are."""
     _, criterion = parts_of(term)
     z, spec = tree_flatten(output)
-    leaves = [z[i] if z[i].grad_fn is not None else z[i].detach().requires_grad_() for i in floating]
     with torch.enable_grad():
+        # aliases: one output may be computed from another, and the criterion's Hessian is taken with each of its own
+        leaves = [z[i].view_as(z[i]) if z[i].requires_grad else z[i].detach().requires_grad_() for i in floating]
         filled = list(z)
         for i, leaf in zip(floating, leaves, strict=True):
             filled[i] = leaf

@@ -1,4 +1,4 @@
-"""Linear maps ``v = M(θ) u`` that are no diagonal scaling: random subspaces, and mixtures of a layer's neurons.
+"""Linear maps ``v = M(θ) u`` that are no diagonal scaling: random subspaces, one matrix on all neurons of a layer.
 
 Each is a ``LinearMap`` of :mod:`bnsharp.geometry`: the shape of u, ``place`` (M u) and ``pull`` (Mᵀ g).
 """
@@ -101,7 +101,7 @@ class Subspace:
 
 @dataclass(frozen=True)
 class NeuronMix:
-    """``V = W U`` on one layer's weight W ``[n, …]``, nothing elsewhere: each neuron moves by a mixture of all neurons.
+    """``V = W U`` on one layer's weight W ``[n, …]``, nothing elsewhere: one matrix on the weights of every neuron.
 
     W is reshaped to ``[n, m]`` (n neurons) and U is ``[m, m]``; for U of independent coordinates with mean 0 and
     variance 1, ``E VᵀHV = Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'}``, the relative flatness of Petzka et al. (2021).

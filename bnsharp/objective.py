@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -85,12 +86,23 @@ class _ModuleObjective(AbstractObjective):
             keep(tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output))
         return output
 
+    def _criterion_in(self, dtype: torch.dtype) -> Callable[[Any, Any], Tensor]:
+        """The criterion; a copy in another precision where it is a module with tensors of its own (class weights)."""
+        criterion = self.criterion
+        if not isinstance(criterion, nn.Module):
+            return criterion
+        own = [t for t in [*criterion.parameters(), *criterion.buffers()] if t.is_floating_point()]
+        if not own or dtype not in (torch.float32, torch.float64) or all(t.dtype == dtype for t in own):
+            return criterion
+        return copy.deepcopy(criterion).to(dtype)
+
     def _judged(self, output: Any, y: Any) -> Tensor:
         first = next((t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()), None)
         if isinstance(y, Tensor) and y.is_floating_point() and first is not None and y.dtype != first.dtype:
             y = y.to(first.dtype)
+        criterion = self.criterion if first is None else self._criterion_in(first.dtype)
         try:
-            loss = self.criterion(output, y)
+            loss = criterion(output, y)
         except IndexError as error:
             known = isinstance(y, Tensor) and not y.is_floating_point() and y.numel() and first is not None
             if not known or "out of bounds" not in str(error):
@@ -178,9 +190,17 @@ class Objective(_ModuleObjective):
         if self._checked:
             return
         x, y = next(iter(self.batches))
-        keep = min(batch_size(x), 64)
-        x = tree_map(lambda a: a[:keep] if isinstance(a, Tensor) and a.ndim else a, x)
-        y = y[:keep] if isinstance(y, Tensor) and y.ndim else y
+        if not isinstance(self.batches, tuple | list) and not _equal((x, y), next(iter(self.batches))):
+            raise InputError(
+                "the data gives another first batch when iterated again (it shuffles, samples or augments); expected "
+                "fixed batches: pass list(data), or a loader without randomness"
+            )
+        n = batch_size(x)
+
+        def cut(a: Any) -> Any:
+            return a[:64] if isinstance(a, Tensor) and a.ndim and len(a) == n else a
+
+        x, y = tree_map(cut, x), tree_map(cut, y)
         states = _random_states(params)
         try:
             with torch.no_grad(), self._session():
@@ -241,6 +261,13 @@ class TrainingObjective(_ModuleObjective):
                 return self._loss(params, self.x, self.y)
         finally:
             _restore(current)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two batches hold the same tensors."""
+    one, two = (tree_flatten(x)[0] for x in (a, b))
+    tensors = [isinstance(x, Tensor) for x in one] == [isinstance(x, Tensor) for x in two]
+    return tensors and all(torch.equal(x, y) for x, y in zip(one, two, strict=True) if isinstance(x, Tensor))
 
 
 def _random_states(params: Params) -> dict[torch.device, Tensor]:

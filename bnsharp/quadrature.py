@@ -25,6 +25,12 @@ VISIBLE = 3e-3
 """A change of sign matters where f exceeds this fraction of ``E|f|`` on both sides: less adds under 1e-6 to S."""
 
 
+SAFETY = 3.0
+"""The quadrature error is this many times the largest difference to an embedded rule, which can be small by chance."""
+UNSEEN = 1e-6
+"""What changes of sign too small to be seen can do, relative to S."""
+
+
 class SegmentLaw(Protocol):
     """A symmetric law of t. Distances are in units of its reach: ``z = |t|/reach``.
 
@@ -124,13 +130,25 @@ class Rule:
 
 
 @lru_cache(maxsize=64)
-def panel_rules(law: SegmentLaw, n: int) -> tuple[Rule, Rule]:
-    """The law's Gauss rule with n nodes (law of reach 1), and the embedded rule on n − 2 of them."""
+def panel_rules(law: SegmentLaw, n: int) -> tuple[Rule, tuple[Rule, ...]]:
+    """The law's Gauss rule with n nodes (law of reach 1), and embedded rules on n − 2 and, from 5 nodes on, n − 3."""
     x, w = law_rule(law, n)
-    z, fine = _fine(law)
+    drops = (2, 3) if n >= 5 else (2,)
+
+    def edge(nodes: np.ndarray) -> float:
+        return law.extent if law.is_bounded else float(nodes[-1])
+
+    return Rule(x, w, edge(x)), tuple(
+        Rule(keep, weights, edge(keep)) for keep, weights in (_embedded(law, x, drop) for drop in drops)
+    )
+
+
+def _embedded(law: SegmentLaw, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and interpolatory weights of the subset with ``count`` nodes left out that weighs best."""
+    n, (z, fine) = len(x), _fine(law)
     middle, half = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
     best: tuple[float, np.ndarray, np.ndarray] | None = None
-    for drop in combinations(range(n), 2):
+    for drop in combinations(range(n), count):
         keep = x[[i for i in range(n) if i not in drop]]
         vandermonde = np.vander((keep - middle) / half, increasing=True).T
         moments = np.array([fine @ ((z - middle) / half) ** k for k in range(len(keep))])
@@ -140,11 +158,7 @@ def panel_rules(law: SegmentLaw, n: int) -> tuple[Rule, Rule]:
         if best is None or badness < best[0] - 1e-12:
             best = (badness, keep, weights)
     assert best is not None
-
-    def edge(nodes: np.ndarray) -> float:
-        return law.extent if law.is_bounded else float(nodes[-1])
-
-    return Rule(x, w, edge(x)), Rule(best[1], best[2], edge(best[1]))
+    return best[1], best[2]
 
 
 def _subset(full: Rule, part: Rule) -> list[int]:
@@ -222,8 +236,7 @@ def power_norm(f: Tensor, law: SegmentLaw, p: float, nodes: int) -> tuple[Tensor
     ``S = M·(E (|f|/M)^p)^{1/p}`` with ``M = max|f|``, so that no power underflows; S = 0 has gradient 0.
     """
     law = law.standard
-    full, part = panel_rules(law, nodes)
-    keep = _subset(full, part)
+    full, parts = panel_rules(law, nodes)
     panels = f.reshape(-1, 2, nodes)
     top = panels.detach().abs().amax((-1, -2))
     scale = torch.where(top == 0, 1.0, top)
@@ -235,6 +248,7 @@ def power_norm(f: Tensor, law: SegmentLaw, p: float, nodes: int) -> tuple[Tensor
     value = torch.where(zero, 0.0, torch.where(zero, 1.0, mean) ** (1 / p))
     with torch.no_grad():
         # panel by panel, so that errors of opposite sign do not cancel
-        off = (means - _panel_means(panels[..., keep], part, law, p)).abs().mean(-1)
-        error = (value - (mean - off).clamp(min=0) ** (1 / p)) * scale
+        each = [(means - _panel_means(panels[..., _subset(full, part)], part, law, p)).abs().mean(-1) for part in parts]
+        off = SAFETY * torch.stack(each).amax(0)
+        error = (value - (mean - off).clamp(min=0) ** (1 / p)) * scale + UNSEEN * value * scale
     return value * scale, error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bnsharp.checks import one_of
 from bnsharp.directions import Ascend, Directions, Draw, Lanczos, Own
+from bnsharp.errors import InputError
 from bnsharp.estimation import Measure
 from bnsharp.geometry import Euclidean, Geometry, GroupBall, GroupNorms, Groups, Groupwise, JointBall, Together
 from bnsharp.laws import Rademacher
@@ -16,28 +17,43 @@ CERTIFY = 10
 
 
 def hessian_top(
-    *, geometry: Geometry | None = None, iterations: int = 60, tolerance: float = 1e-4, restarts: int = 4,
-    certify: int = CERTIFY,
+    *, geometry: Geometry | None = None, iterations: int = 60, tolerance: float | None = None,
+    restarts: int | None = None, certify: int = CERTIFY,
 ) -> Measure:
-    """``max vᵀHv`` over the geometry's ball: λ_max of the Hessian for the default ``‖v‖ ≤ 1``.
+    """``max vᵀHv`` over ``‖u‖ = 1`` in the geometry's ball: λ_max of the Hessian by default.
 
-    A joint ball is solved by Lanczos (algebraically largest eigenvalue, residual as error); a product of balls has no
+    A joint ball is solved by Lanczos (algebraically largest eigenvalue, residual as error); a product of spheres has no
     eigenvalue problem and is searched by ``iterations`` ascent steps from several starts, which is a lower bound.
+
+    Args:
+        geometry: ``‖v‖ = 1`` by default.
+        iterations: Lanczos or ascent steps, at most.
+        tolerance: relative residual of Lanczos (1e-4 by default), or the ascent's relative progress in five steps at
+            which it ends (0: it does not).
+        restarts: random starts of an ascent (4 by default).
+        certify: eigenvalue solves for the upper bound.
+
+    Raises:
+        InputError: restarts for a joint ball, where nothing is searched.
     """
     geometry = Euclidean(1.0) if geometry is None else geometry
-    directions: Directions = (
-        Lanczos(iterations, tolerance) if isinstance(geometry.ball, JointBall) else Ascend(iterations, restarts)
-    )
+    directions: Directions
+    if isinstance(geometry.ball, JointBall):
+        if restarts is not None:
+            raise InputError(f"restarts={restarts!r}; expected none: a joint ball is an eigenvalue problem, no search")
+        directions = Lanczos(iterations, 1e-4 if tolerance is None else tolerance)
+    else:
+        directions = Ascend(iterations, 4 if restarts is None else restarts, tolerance=tolerance or 0.0)
     return Measure(geometry, directions, Curvature(), Maximum(), certify)
 
 
 def relative_top(groups: Groups, *, ball: str = "groupwise", rest: str = "tensor", iterations: int = 60,
-                 tolerance: float = 1e-4, restarts: int = 4, certify: int = CERTIFY) -> Measure:
-    """λ_max relative to group norms: ``max vᵀHv`` over ``‖v_i‖ ≤ ‖θ_i‖``; invariant under ``T_a``.
+                 tolerance: float | None = None, restarts: int | None = None, certify: int = CERTIFY) -> Measure:
+    """λ_max relative to group norms: ``max vᵀHv`` over ``‖v_i‖ = ‖θ_i‖``; invariant under ``T_a``.
 
     Args:
-        ball: ``"groupwise"`` (``‖v_i‖ ≤ ‖θ_i‖`` for each group: the second-order limit of BN-Sharpness) or ``"joint"``
-            (``Σ_i ‖v_i‖²/‖θ_i‖² ≤ 1``: the largest eigenvalue of ``NHN``, as Rangamani et al. 2021 per layer).
+        ball: ``"groupwise"`` (``‖v_i‖ = ‖θ_i‖`` for each group: the second-order limit of BN-Sharpness) or ``"joint"``
+            (``Σ_i ‖v_i‖²/‖θ_i‖² = 1``: the largest eigenvalue of ``NHN``, as Rangamani et al. 2021 per layer).
     """
     group_ball = GroupBall(groups, rest)
     balls = {"groupwise": group_ball, "joint": JointBall()}

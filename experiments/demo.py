@@ -28,7 +28,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "SGDS-5": ("sgds-5", {"delta": 0.08}, 7),
 }
 MEASURING: dict[str, Any] = {
-    "delta": 0.05, "steps": 6, "restarts": 2, "sigma": 0.02, "draws": 40, "line": 41,
+    "delta": 0.05, "steps": 6, "restarts": 6, "sigma": 0.02, "draws": 40, "line": 41,
 }
 EPOCHS, BATCH, TRAIN = 100, 64, 800
 

@@ -121,8 +121,8 @@ def test_one_pass_over_the_data_per_evaluation() -> None:
     """20 draws take two passes: the loss at θ, and all perturbed points of a round together."""
     cut, params, data, _ = streamed([6, 6, 4])
     measures.gaussian(sigma=0.1, draws=20)(cut, params)
-    # one more where the objective looks whether there is any data, and one for the check of determinism
-    assert data.passes <= 4
+    # the others look at the first batch: whether there is any, and whether it stays the same
+    assert data.passes <= 5 and data.read <= 3 * 3
     before = data.passes
     measures.hessian_trace(draws=20)(cut, params)
     assert data.passes - before == 1
@@ -339,3 +339,70 @@ def test_bad_radii_are_refused() -> None:
         Sampling(target=0.0)
     with pytest.raises(InputError):
         Measure(Euclidean(1.0), Draw(Gaussian(), 3), Rise(), Mean(), certify=-1)
+
+
+# ---------------------------------------------------------------- data as users have it
+
+
+def test_a_loader_whose_batches_change_is_refused() -> None:
+    x, y = examples(60)
+    data = torch.utils.data.TensorDataset(x, y)
+    net = bn_mlp()
+    fixed = torch.utils.data.DataLoader(data, 20)
+    assert measures.gaussian(sigma=0.1, draws=2)(Objective(net, cross_entropy, fixed), P.parameters(net)).batches == 3
+    sampler = torch.utils.data.SubsetRandomSampler(range(60))
+    shuffled = Objective(net, cross_entropy, torch.utils.data.DataLoader(data, 20, sampler=sampler))
+    with pytest.raises(InputError) as caught:
+        measures.gaussian(sigma=0.1, draws=2)(shuffled, P.parameters(net))
+    assert "another first batch" in one_line(caught.value)
+
+
+def test_inputs_beside_the_examples_are_not_cut() -> None:
+    """A mask that has no examples along dimension 0, and targets in a tuple, over 64 examples."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(x * mask)
+
+    x, y = examples(100)
+    net = Masked()
+    objective = Objective(net, lambda z, t: cross_entropy(z, t[0]), [((x, torch.ones(5)), (y, y))])
+    assert measures.gaussian(sigma=0.1, draws=2)(objective, P.parameters(net)).examples == 100
+
+
+def test_class_weights_follow_into_float64() -> None:
+    net, (x, y) = bn_mlp(), examples(32)
+    criterion = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]))
+    found = measures.gaussian(sigma=1e-5, draws=4)(Objective(net, criterion, (x, y)), P.parameters(net))
+    assert found.promoted and found.precision == "float64"
+    assert criterion.weight.dtype == torch.float32
+
+
+def test_equal_logits_have_a_gradient_under_normalization() -> None:
+    net, data = plain_mlp().double(), examples(8, dtype=torch.float64)
+    torch.nn.init.zeros_(net[2].weight)
+    torch.nn.init.zeros_(net[2].bias)
+    found = measures.adaptive(rho=0.1, eta=0.1, steps=2, normalize_logits=True)(
+        Objective(net, cross_entropy, data), P.parameters(net)
+    )
+    assert math.isfinite(found.value)
+
+
+def test_a_radius_that_overflows_is_more_than_is_borne() -> None:
+    params = P.make({"w": torch.zeros(2, dtype=torch.float64)})
+    measure = LargestRadius(lambda s: measures.gaussian(sigma=s, draws=5), rise=0.1, largest=100.0)
+    found = measure(lambda q: torch.exp(50 * (q["w"] ** 2).sum() ** 2), params)
+    assert found.converged and 1e-3 < found.value < 1.0
+    outside = measures.largest_sigma(rise=1e9, draws=5)(lambda q: (q["w"] ** 2).sum(), params)
+    assert outside.converged is False and math.isinf(outside.error)
+    aimed = measures.largest_sigma(rise=0.1, draws=5)(lambda q: (q["w"] ** 2).sum(), params, None, Sampling(1e-3))
+    assert aimed.converged is False and aimed.half_width > 1e-3 * aimed.value
+
+
+def test_restarts_of_an_eigenvalue_problem_are_refused() -> None:
+    with pytest.raises(InputError):
+        measures.hessian_top(restarts=3)

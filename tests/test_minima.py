@@ -317,3 +317,58 @@ def test_gauss_newton_penalty_gradient(kind: str) -> None:
     assert float(P.dot(r, d)) == pytest.approx(slope, rel=1e-5, abs=1e-8)
     curvature = Measure(Euclidean(1.0), Given(u), Curvature(), Maximum())
     assert not math.isclose(curvature(p.objective(), p.params).value, measure(p.objective(), p.params).value)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bounds_hold_where_the_hessian_falls_apart(seed: int) -> None:
+    """A diagonal Hessian, whose eigenvectors are blind to one another: the maximum is a sum over groups."""
+    generator = torch.Generator().manual_seed(seed)
+    diagonal = 2 * torch.randn(24, generator=generator, dtype=torch.float64)
+    params = P.make({f"p{i}": torch.full((4,), 0.5, dtype=torch.float64) for i in range(6)})
+    maximum = float(diagonal.reshape(6, 4).amax(1).sum())
+
+    def loss(q: Params) -> Tensor:
+        return 0.5 * (diagonal * P.flatten(q) ** 2).sum()
+
+    for search in ({"iterations": 60}, {"iterations": 3, "restarts": 0}):
+        found = measures.relative_top(ScaleGroups({}), **search)(loss, params)
+        assert found.value <= maximum + 1e-9 * abs(maximum)
+        assert found.value <= 0 if found.upper is None else maximum <= found.upper * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_the_penalty_of_the_fisher_rao_norm_moves_with_theta(kind: str) -> None:
+    """Its gradient against central differences of the measure: v = θ is no maximiser, so nothing may be held."""
+    p = problem(kind, seed=3)
+    leaves = P.pmap(lambda x: x.clone().requires_grad_(), p.params)
+    measures.fisher_rao().penalty(p.objective(), leaves).backward()
+    d = oracles.to_params(torch.randn(P.numel(p.params), dtype=torch.float64,
+                                      generator=torch.Generator().manual_seed(1)), p.params)
+    slope = oracles.central_difference(
+        lambda h: measures.fisher_rao()(p.objective(), P.combine(1.0, p.params, h, d)).value, 1e-3
+    )
+    ours = sum(float((leaves[k].grad * d[k]).sum()) for k in d.keys())
+    assert ours == pytest.approx(slope, rel=1e-5)
+
+
+def test_gauss_newton_of_outputs_computed_from_one_another() -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.tanh(self.a(x))
+            return h, self.b(h)
+
+    torch.manual_seed(0)
+    net, x, y = Both().double(), torch.randn(9, 4, dtype=torch.float64), torch.randint(0, 3, (9,))
+    cross = torch.nn.functional.cross_entropy
+    last = torch.nn.Sequential(net.a, torch.nn.Tanh(), net.b)
+    expected = measures.fisher_rao()(Objective(last, cross, (x, y)), P.parameters(last)).value
+    objective = Objective(net, lambda z, y: cross(z[1], y), (x, y))
+    params = P.parameters(net)
+    assert measures.fisher_rao()(objective, params).value == pytest.approx(expected, rel=1e-10)
+    for requires_grad in (False, True):
+        point = P.pmap(lambda p, r=requires_grad: p.clone().requires_grad_(r), params)
+        assert measures.fisher_rao().penalty(objective, point).item() == pytest.approx(expected, rel=1e-6)
