@@ -123,7 +123,7 @@ class LargestRadius:
     the logarithm, between ``smallest`` and ``largest``; flatness in Jiang's sense is ``1/radius²``.
 
     ``Estimate``: ``value`` the radius; ``stderr`` that of the measure over its slope in the radius; ``error`` half the
-    last bracket, infinite outside; a target error is not sampled for, only compared with; ``converged``
+    last bracket (``stderr`` is infinite outside); a target error is not sampled for, only compared with; ``converged``
     False where even ``largest`` is borne (the value is a lower bound) or ``smallest`` is not (an upper one).
 
     Args:
@@ -188,8 +188,9 @@ class LargestRadius:
         found = replace(
             below,
             value=low,
-            stderr=below.stderr / slope if slope > 0 else math.inf,
-            error=(high - low) / 2 if inside else math.inf,  # outside the bracket only a bound is known
+            # outside the bracket only a bound is known
+            stderr=below.stderr / slope if inside and slope > 0 else math.inf,
+            error=(high - low) / 2,
             stderr_data=None,
             converged=inside,
             evaluations={k: spent.get(k, 0) for k in ("gradients", "losses", "products")},

@@ -186,7 +186,9 @@ ROWS: dict[str, Row] = {
     ),
     "largest_sigma_accuracy": Row(
         {"sampled"}, ("permutation",), {"draws": 6, "halvings": 10},
-        expected_failures=dict.fromkeys(
+        expected_failures={
+            "invariant_under_permutation": "other draws of six, borne at every radius on a network of 16 examples",
+        } | dict.fromkeys(
             ("standard_error", "accepts_a_plain_function", "penalty_is_the_value", "penalty_gradient",
              "penalty_finite_at_a_group_of_norm_zero"), PIECEWISE,
         ),

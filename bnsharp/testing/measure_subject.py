@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.directions import Given
+from bnsharp.directions import Given, Own
 from bnsharp.evaluation import as_objective
 from bnsharp.groups import ScaleGroups
 from bnsharp.measures import Measure
@@ -123,7 +123,9 @@ class Declared:
 
 
 def hold_unit(measure: Measure, unit: Params) -> Measure:
-    """The same measure along one given direction, in unit coordinates."""
+    """The same measure along one given direction, in unit coordinates; itself where the direction is θ's own."""
+    if isinstance(measure.directions, Own):
+        return measure
     return replace(measure, directions=Given(unit))
 
 
