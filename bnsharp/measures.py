@@ -27,6 +27,7 @@ from bnsharp.second_order import (
     fisher_rao,
     hessian_top,
     hessian_trace,
+    largest_eigenvalue,
     relative_flatness,
     relative_top,
     relative_trace,
@@ -339,7 +340,7 @@ MEASURES: dict[str, MeasureSpec] = {
     "largest_sigma_accuracy": _spec(
         largest_sigma_accuracy, "largest Gaussian noise that lowers the accuracy by at most drop", "Jiang et al. 2020"
     ),
-    "hessian_top": _spec(hessian_top, "largest Hessian eigenvalue, by Lanczos", "Lanczos 1950"),
+    "hessian_top": _spec(largest_eigenvalue, "largest Hessian eigenvalue, by Lanczos", "Lanczos 1950"),
     "relative_top": _spec(
         relative_top, "largest curvature of a perturbation relative to each filter's norm", "Rangamani et al. 2021",
         invariant=True,

@@ -47,6 +47,11 @@ def hessian_top(
     return Measure(geometry, directions, Curvature(), Maximum(), certify)
 
 
+def largest_eigenvalue(*, iterations: int = 60, tolerance: float = 1e-4, certify: int = CERTIFY) -> Measure:
+    """λ_max of the Hessian: :func:`hessian_top` without a geometry, which needs no search."""
+    return hessian_top(iterations=iterations, tolerance=tolerance, certify=certify)
+
+
 def relative_top(groups: Groups, *, ball: str = "groupwise", rest: str = "tensor", iterations: int = 60,
                  tolerance: float | None = None, restarts: int | None = None, certify: int = CERTIFY) -> Measure:
     """λ_max relative to group norms: ``max vᵀHv`` over ``‖v_i‖ = ‖θ_i‖``; invariant under ``T_a``.
