@@ -35,6 +35,9 @@ def main() -> None:
         _stop(str(error), 2)
     except DivergedError as error:
         _stop(f"training stopped: {error}", 1)
+    except OSError as error:
+        # a folder that cannot be made or written, a full disk
+        _stop(f"{error.filename or 'a file'}: {error.strerror or error}; expected a path that can be used", 2)
     except typer.Abort:
         _stop("stopped", 130)
     except Exception as error:

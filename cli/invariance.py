@@ -57,6 +57,7 @@ def invariance(
             opened.module, opened.data, transformations=transformations, examples=examples, low=low, high=high,
             exact=exact, seed=seed,
         )
+        folder.mkdir(parents=True, exist_ok=True)  # told now if it cannot be made, not after minutes of measuring
         try:
             study.compare(matrix, options, rows, failed, on_start=bar.start, on_measure=bar.note, advance=bar.advance)
         except KeyboardInterrupt:

@@ -258,3 +258,9 @@ def test_an_out_that_is_a_file_and_a_source_that_is_none_are_refused(run: Any, f
     for arguments, word in (([finished, "--out", finished / "config.json"], "config.json"), (["nothing"], "nothing")):
         done = run("invariance", *arguments)
         assert done.code == 2 and word in done.err and len(done.err.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_measuring(run: Any, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("invariance", finished, *MEASURED, "--out", tmp_path / "file" / "below")
+    assert done.code == 2 and done.out == "" and len(done.err.splitlines()) == 1 and "file" in done.err
