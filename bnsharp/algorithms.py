@@ -30,14 +30,14 @@ class Algorithm:
         name: as given.
         regularizer: ``epoch -> Regularizer`` (δ may grow).
         weight: ``epoch -> λ``.
-        independent_batch: whether the regulariser takes a fresh batch B'.
+        other_batches: fresh batches that the regulariser takes each step, beyond the loss's own.
         options: every option with its value, defaults included.
     """
 
     name: str
     regularizer: Callable[[int], Regularizer]
     weight: Callable[[int], float]
-    independent_batch: bool = False
+    other_batches: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,7 +96,7 @@ def sgds(
     regularizer(0)  # bad options are told before training starts
     base = (p + 1) ** (1 / p) if weight is None else weight
     check_weight(base)
-    return Algorithm(name, regularizer, lambda epoch: base * weight_growth**epoch, independent_batch)
+    return Algorithm(name, regularizer, lambda epoch: base * weight_growth**epoch, int(independent_batch))
 
 
 _PAPER: dict[str, Any] = {
@@ -184,4 +184,4 @@ def algorithm(name: str, groups: Groups | None = None, /, **options: Any) -> Alg
         raise InputError(f"algorithm {name!r} needs the network's scale groups: pass bnsharp.scale_groups(module, x)")
     arguments = (groups, *numbers) if family.needs_groups else numbers
     built = family.build(name, *arguments, **options)
-    return Algorithm(built.name, built.regularizer, built.weight, built.independent_batch, {**known, **options})
+    return Algorithm(built.name, built.regularizer, built.weight, built.other_batches, {**known, **options})

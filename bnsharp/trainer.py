@@ -104,7 +104,7 @@ class Trainer:
         optimizer: ``parameters -> torch.optim.Optimizer``.
         regularizer: a regulariser, or ``epoch -> regulariser``.
         weight: λ, or ``epoch -> λ``.
-        independent_batch: draw a second stream of batches for the regulariser.
+        other_batches: batches of a second stream that the regulariser takes each step.
         schedule: ``optimizer -> scheduler``, stepped once per training step.
         epochs: passes over the data.
         evaluations: name -> ``module -> {metric: value}``, run after each epoch; recorded as ``name_metric``.
@@ -130,7 +130,7 @@ class Trainer:
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         regularizer: Regularizer | Callable[[int], Regularizer] | None = None,
         weight: float | Callable[[int], float] = 1.0,
-        independent_batch: bool = False,
+        other_batches: int = 0,
         schedule: Schedule | None = None,
         epochs: int = 1,
         evaluations: Mapping[str, Evaluation] | None = None,
@@ -151,7 +151,7 @@ class Trainer:
         )
         self.weight: Callable[[int], float] = weight if callable(weight) else (lambda e: weight)
         check_weight(self.weight(0))
-        self.independent_batch, self.epochs = independent_batch, int(epochs)
+        self.other_batches, self.epochs = whole("other_batches", other_batches, 0), int(epochs)
         self.optimizer = optimizer([p for p in P.unwrap(module).parameters() if p.requires_grad])
         self.scheduler: LRScheduler = (schedule or constant())(self.optimizer)
         self.evaluations = dict(evaluations or {})
@@ -201,7 +201,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             step = backward(
                 self.module, self.criterion, batch, regularizer, weight,
-                other_batches=[next(others)] if self.independent_batch else (),
+                other_batches=[next(others) for _ in range(self.other_batches)],
                 generator=self._generators["directions"], state=self._state, engine=self.engine,
             )
             if not bool((step.loss + step.penalty + step.ratio).isfinite()):

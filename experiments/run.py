@@ -165,7 +165,7 @@ def trainer(
         optimizer=_optimizer(config),
         regularizer=prepared.algorithm.regularizer,
         weight=prepared.algorithm.weight,
-        independent_batch=prepared.algorithm.independent_batch,
+        other_batches=prepared.algorithm.other_batches,
         schedule=_schedule(config, steps_per_epoch(prepared)),
         epochs=config.epochs,
         evaluations={"test": lambda module: evaluate(module, criterion, batches(*test))},

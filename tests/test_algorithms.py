@@ -30,7 +30,7 @@ def test_every_family_builds_with_its_defaults_and_takes_a_step(family):
     built = algorithm(name, GROUPS)
     assert built.name == name and find(name)[0] is FAMILIES[family]
     assert built.options == options_of(FAMILIES[family])
-    objectives = [Objective(NET, cross_entropy, (X, Y)) for _ in range(1 + built.independent_batch)]
+    objectives = [Objective(NET, cross_entropy, (X, Y)) for _ in range(1 + built.other_batches)]
     regularizer, params = built.regularizer(0), parameters(NET)
     step = regularizer.step(
         objectives, params, weight=built.weight(0), state=regularizer.init(params),
@@ -58,7 +58,7 @@ def penalty(name: str, epoch: int = 0, **options: Any) -> Penalty:
 
 def test_sgd_is_plain():
     built = algorithm("sgd")
-    assert built.regularizer(0) == Plain() and built.weight(9) == 1.0 and not built.independent_batch
+    assert built.regularizer(0) == Plain() and built.weight(9) == 1.0 and not built.other_batches
 
 
 def test_sam_has_its_radius():
@@ -78,7 +78,7 @@ def test_the_default_weight_makes_a_whole_sharpness_aware_step(p):
     built = algorithm("sgds-0", GROUPS, p=p)
     kappa, delta = built.regularizer(0).measure.profile.secant()
     assert built.weight(0) * kappa == pytest.approx(1.0, rel=1e-12) and delta == 0.08
-    assert built.regularizer(0).clip is None and not built.independent_batch
+    assert built.regularizer(0).clip is None and not built.other_batches
     assert built.weight(0) == built.weight(50)
 
 
@@ -102,7 +102,7 @@ def test_the_papers_settings_read_as_delta():
 
 def paper(built: Any) -> None:
     made = built.regularizer(0)
-    assert made.clip == 0.1 and made.gradient == "two-point" and built.independent_batch
+    assert made.clip == 0.1 and made.gradient == "two-point" and built.other_batches
     assert made.measure.directions.rule == "riemannian" and made.measure.geometry.ball.rest == "joint"
     assert made.measure.directions.steps == 5 and made.measure.profile.p == 2.0
 
@@ -120,7 +120,7 @@ def test_options_arrive_and_are_recorded():
     assert line.secant()[1] == pytest.approx(0.02 * 1.1**2, rel=1e-12)
     assert (line.p, line.nodes, made.gradient, made.clip) == (3.0, 4, "central", 0.5)
     assert (search.steps, search.rule, search.coordinates) == (4, "riemannian", "ambient")
-    assert built.weight(2) == pytest.approx(0.7 * 0.9**2, rel=1e-12) and built.independent_batch
+    assert built.weight(2) == pytest.approx(0.7 * 0.9**2, rel=1e-12) and built.other_batches
     preset = algorithm("sgds-4-paper-lambda", GROUPS, clip=None, delta=0.01)
     assert preset.options["clip"] is None and preset.options["weight"] == 1e-4 and preset.regularizer(0).clip is None
 

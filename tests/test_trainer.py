@@ -57,7 +57,7 @@ def trainer(name: str = "sgd", options: dict[str, Any] | None = None, net: nn.Mo
     chosen = algorithm(name, scale_groups(net, X[:8]), **(options or {}))
     defaults: dict[str, Any] = {
         "optimizer": sgd(momentum=0.9), "regularizer": chosen.regularizer, "weight": chosen.weight,
-        "independent_batch": chosen.independent_batch, "epochs": EPOCHS, "seed": 3,
+        "other_batches": chosen.other_batches, "epochs": EPOCHS, "seed": 3,
         "evaluations": {"test": lambda module: evaluate(module, cross_entropy, [TEST])},
     }
     return Trainer(net, cross_entropy, settings.pop("epoch", epoch), **{**defaults, **settings})
@@ -294,7 +294,7 @@ class Spy:
 def test_the_regulariser_gets_its_epoch_weight_and_batches(independent):
     calls: list[tuple[int, float, int]] = []
     made = trainer(
-        regularizer=lambda e: Spy(e, calls), weight=lambda e: 2.0**e, independent_batch=independent, epochs=3
+        regularizer=lambda e: Spy(e, calls), weight=lambda e: 2.0**e, other_batches=int(independent), epochs=3
     )
     history = made.fit().history
     assert calls == [(e, 2.0**e, 1 + independent) for e in range(3) for _ in range(STEPS)]
@@ -310,7 +310,7 @@ def test_an_independent_batch_is_another_batch():
             seen.append(torch.equal(objectives[0].x, objectives[1].x))
             return super().step(objectives, params, **rest)
 
-    trainer(regularizer=Compare(0), independent_batch=True).fit()
+    trainer(regularizer=Compare(0), other_batches=1).fit()
     assert seen and not any(seen)
 
 
