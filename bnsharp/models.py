@@ -19,9 +19,7 @@ from torch import nn
 
 from bnsharp.checks import one_of, unknown, whole
 from bnsharp.errors import InputError
-
-Shape = tuple[int, int, int]
-"""Channels, height and width of one image, ``(C, H, W)``."""
+from bnsharp.resnets import Shape, require_size, require_width, resnet18, wideresnet
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
 POOLS: dict[str, Callable[[int], nn.Module]] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
@@ -113,7 +111,7 @@ def lenet_bn(
     if not isinstance(logits_bn, bool):
         raise InputError(f"logits_bn={logits_bn!r}; expected true or false: pass one of the two")
     channels, *sides = input_shape
-    _require_size("lenet-bn", sides, minimum=12)
+    require_size("lenet-bn", sides, minimum=12)
     pad_h, pad_w = (2 if side < 32 else 0 for side in sides)
     rows, columns = (((side + 2 * pad - 4) // 2 - 4) // 2 for side, pad in zip(sides, (pad_h, pad_w), strict=True))
     layers: dict[str, nn.Module] = {
@@ -150,10 +148,9 @@ def vgg11_bn(input_shape: Shape, classes: int, *, width: float = 1.0) -> nn.Modu
 
     Sources: Simonyan & Zisserman 2014 (arXiv:1409.1556), configuration A; He et al. 2015 (arXiv:1502.01852).
     """
-    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < math.inf:
-        raise InputError(f"width={width!r}; expected a positive number that multiplies the channels: pass e.g. 0.5")
+    require_width(width)
     inputs, *sides = input_shape
-    _require_size("vgg11-bn", sides, minimum=32)
+    require_size("vgg11-bn", sides, minimum=32)
     layers: dict[str, nn.Module] = {}
     for s, stage in enumerate(_VGG11, start=1):
         for i, channels in enumerate(stage, start=1):
@@ -187,6 +184,10 @@ MODELS: dict[str, ModelSpec] = {
     "lenet-bn": ModelSpec(lenet_bn, "LeNet-5, BN on every layer and on the logits", "LeCun et al. 1998"),
     "vgg11-bn": ModelSpec(vgg11_bn, "VGG11 with BN for 32×32 images", "Simonyan & Zisserman 2014"),
     "conv-bn": ModelSpec(conv_bn, "two convolutions with BN, for images from 8×8", "Ioffe & Szegedy 2015"),
+    "resnet18": ModelSpec(resnet18, "ResNet-18 for images from 8×8: 3×3 stem, no max-pool", "He et al. 2015"),
+    "wideresnet": ModelSpec(
+        wideresnet, "WRN-depth-width, pre-activation, for images from 8×8", "Zagoruyko & Komodakis 2016"
+    ),
 }
 """The models that :func:`build` knows, by name."""
 
@@ -198,11 +199,3 @@ def _sequential(layers: dict[str, nn.Module]) -> nn.Module:
 def _choice(option: str, given: str, known: dict[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
     one_of(option, given, known)
     return known[given]
-
-
-def _require_size(name: str, sides: list[int], minimum: int) -> None:
-    if min(sides) < minimum:
-        raise InputError(
-            f"{name} got images of {sides[0]}×{sides[1]} pixels; expected at least {minimum}×{minimum}: "
-            f"load the data with image_size={minimum} or more, or choose another model"
-        )

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("balls",),  # sets of unit directions
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
-    ("profiles", "channels"),  # channels: who writes and reads them, found by probing
+    ("profiles", "channels", "averages"),  # channels: who writes and reads them, found by probing
     ("directions", "scores", "transformations"),  # maps of parameters that keep the function: of groups and channels
     ("bounds",),  # of searched maxima
     ("estimation",),  # the four slots put together
@@ -39,14 +39,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pacbayes",),  # a bound as a measure
     ("second_order",),  # measures of curvature
     ("measures",),
-    ("regularizers",),
+    ("starts", "penalty_gradients"),  # what a step remembers; the gradient of a penalty
+    ("penalties",),
+    ("smoothings", "wrappers"),
+    ("regularizers",),  # the published steps as combinations
     ("loop", "algorithms"),  # one regularised step; regularisers by name: what a trainer repeats
     ("trainer",),
 )
 """A module imports from strictly lower layers only, so modules of one layer do not know each other."""
 
-FEED = ("models", "data")
-"""These know only errors and checks, and only experiments and cli know them."""
+FEED: dict[str, set[str]] = {"resnets": set(), "models": {"resnets"}, "data": set()}
+"""These know only errors, checks and the modules named here, and only experiments and cli know them."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -91,7 +94,7 @@ KIT = sorted(m for m in SOURCES if m.startswith("bnsharp.testing"))
 @pytest.mark.parametrize("name", CORE)
 def test_a_module_imports_only_lower_layers(name):
     if name in FEED:
-        assert own(f"bnsharp.{name}") <= {"bnsharp.errors", "bnsharp.checks"}
+        assert own(f"bnsharp.{name}") <= {f"bnsharp.{other}" for other in ("errors", "checks", *FEED[name])}
         return
     assert name in RANK, f"give bnsharp/{name}.py a place in LAYERS"
     for other in own(f"bnsharp.{name}"):
