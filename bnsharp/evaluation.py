@@ -232,6 +232,15 @@ class AbstractObjective(ABC):
         """Raise :class:`InputError` if the objective is unfit for measuring; a plain function is taken as it is."""
         return
 
+    def parts(self, n: int) -> list[AbstractObjective]:
+        """The objective's batch cut into n chunks, each an objective with statistics of its own.
+
+        Raises:
+            InputError: nothing to cut, or fewer examples than chunks.
+        """
+        raise InputError(f"{type(self).__name__} cannot be cut into {n} chunks; expected the objective of one batch, as "
+                         "bnsharp.backward makes it")
+
     def _chunks(self, n: int) -> list[range]:
         size = self.engine.chunk if self.engine.name == "vmap" else 1
         return [range(start, min(start + size, n)) for start in range(0, n, size)]

@@ -130,13 +130,7 @@ class Geometry:
 
     def moving(self, u: Params, gradient_v: Params, params: Params) -> Params:
         """``(∂v/∂θ)ᵀ ∂S/∂v`` with u held: for group norms ``⟨∂S/∂v_i, u_i⟩ θ_i/‖θ_i‖`` on group i."""
-        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
-        with torch.enable_grad():
-            inner = P.dot(self.place(u, P.make(leaves)), gradient_v)
-        if not inner.requires_grad:
-            return P.zeros_like(params)
-        grads = torch.autograd.grad(inner, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return P.make(dict(zip(leaves, grads, strict=True)))
+        return P.pullback(lambda x: self.place(u, x), params, gradient_v)
 
     def at(self, params: Params) -> Frame:
         """The geometry at one θ, what depends on θ computed once."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from bnsharp import params as P
 from bnsharp.checks import one_of
@@ -238,10 +239,41 @@ class TrainingObjective(_ModuleObjective):
     ):
         super().__init__(module, criterion, engine)
         self.x, self.y = batch
-        self.batch_size = batch_size(self.x)
+        self.batch_size: int = batch_size(self.x)
         self.update_statistics = update_statistics
-        self.output: Any = None
+        self._output_kept: Any = None
+        self._parts: list[TrainingObjective] = []
         self._random: dict[torch.device, Tensor] | None = None
+
+    @property
+    def output(self) -> Any:
+        """The module's output at the first evaluation, of all chunks where the batch was cut; None before it."""
+        if self._parts and self._output_kept is None:
+            outputs = [part.output for part in self._parts]
+            if any(output is None for output in outputs):
+                return None
+            return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
+        return self._output_kept
+
+    def parts(self, n: int) -> list[AbstractObjective]:
+        if n > self.batch_size:
+            raise InputError(f"{n} chunks of a batch of {self.batch_size}; expected at most one chunk per example")
+        bounds = [len(rows) for rows in torch.arange(self.batch_size).tensor_split(n)]
+
+        def cut(a: Any) -> list[Any]:
+            per_example = isinstance(a, Tensor) and a.ndim and len(a) == self.batch_size
+            return list(a.split(bounds)) if per_example else [a] * n
+
+        (x, x_tree), (y, y_tree) = tree_flatten(self.x), tree_flatten(self.y)
+        xs, ys = (list(zip(*map(cut, leaves), strict=True)) for leaves in (x, y))
+        self._parts = []
+        for i, size in enumerate(bounds):
+            part = copy.copy(self)
+            part.x, part.y = tree_unflatten(xs[i], x_tree), tree_unflatten(ys[i], y_tree)
+            part.batch_size, part.evaluations = size, Counter()
+            part._output_kept, part._random, part._parts = None, None, []
+            self._parts.append(part)
+        return list(self._parts)
 
     def _terms(self) -> Iterator[Term]:
         yield Term(1.0, self._evaluate)
@@ -250,7 +282,7 @@ class TrainingObjective(_ModuleObjective):
         if self._random is None:
             before = _random_states(params)
             with nullcontext() if self.update_statistics else frozen_statistics(self.module):
-                loss = self._loss(params, self.x, self.y, keep=lambda out: setattr(self, "output", out))
+                loss = self._loss(params, self.x, self.y, keep=lambda out: setattr(self, "_output_kept", out))
             # a pass that drew nothing needs no masks remade
             self._random = before if _differ(before, _random_states(params)) else {}
             return loss

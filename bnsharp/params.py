@@ -162,6 +162,17 @@ def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Param
     return pmap(lambda p, q: a * p + b * q, x, y)
 
 
+def pullback(fn: Callable[[Params], Params], params: Params, covector: Params) -> Params:
+    """``(∂fn/∂θ)ᵀ covector``: zeros where ``fn`` does not depend on θ."""
+    leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
+    with torch.enable_grad():
+        inner = dot(fn(make(leaves)), covector)
+    if not inner.requires_grad:
+        return zeros_like(params)
+    grads = torch.autograd.grad(inner, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return make(dict(zip(leaves, grads, strict=True)))
+
+
 def zeros_like(params: Params) -> Params:
     """Zeros in the shape of ``params``."""
     return pmap(torch.zeros_like, params)

@@ -13,13 +13,18 @@ from bnsharp.types import Params, Scored
 
 
 class ExactScore:
-    """A profile itself as what a search maximises (measuring, and exact gradients)."""
+    """A profile itself as what a search maximises (measuring, and exact gradients).
 
-    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor, keep_gradient: bool = False):
+    ``slope`` is where an ascent starts, in unit coordinates; None is the loss's own slope ``∂L/∂u``.
+    """
+
+    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor, keep_gradient: bool = False,
+                 slope: Params | None = None):
         self.profile, self.frame, self.anchor, self.keep = profile, frame, anchor, keep_gradient
+        self._slope = slope
 
     def slope(self) -> Params:
-        return self.frame.pull(self.anchor.gradient)
+        return self.frame.pull(self.anchor.gradient) if self._slope is None else self._slope
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """Scores; ``last`` leaves out ``∂/∂u``, which no step needs any more."""
@@ -37,12 +42,12 @@ class ExactScore:
 class SecantScore:
     """``κ|f(δ)|`` (or ``κ f(δ)``) as what a search maximises: one gradient per direction, kept for the step."""
 
-    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor):
-        self.profile, self.frame, self.anchor = profile, frame, anchor
+    def __init__(self, profile: Profile, frame: Frame, anchor: Anchor, slope: Params | None = None):
+        self.profile, self.frame, self.anchor, self._slope = profile, frame, anchor, slope
         self.kappa, self.delta = profile.secant()
 
     def slope(self) -> Params:
-        return self.frame.pull(self.anchor.gradient)
+        return self.frame.pull(self.anchor.gradient) if self._slope is None else self._slope
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``."""

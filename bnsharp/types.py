@@ -180,12 +180,13 @@ class Step:
 
     Attributes:
         loss: ``L(θ)`` on the loss's batch (for methods that never evaluate it, the loss they do evaluate).
-        penalty: the regulariser's own value on its batch.
+        penalty: the regulariser's own value on its batch; NaN where the method does not compute one.
         gradient: the direction to descend, ``∇L + λ r``.
         evaluations: gradients evaluated in this step.
         state: the state for the next step.
-        ratio: ``‖λ r‖ / ‖∇L‖``, after clipping.
+        ratio: ``‖λ r‖ / ‖∇L‖``, after clipping; NaN where ``∇L(θ)`` is not computed.
         output: the module's output at the first evaluation, for accuracies; None if not recorded.
+        plain: ``∇L(θ)`` on the loss's batch, where the step computed it.
     """
 
     loss: Tensor
@@ -195,3 +196,4 @@ class Step:
     state: State
     ratio: Tensor
     output: Any = None
+    plain: Params | None = None
