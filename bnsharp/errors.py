@@ -13,3 +13,29 @@ class DivergedError(RuntimeError):
 
 class NotFiniteError(InputError):
     """A loss that is not finite at a perturbed point."""
+
+
+class StorageError(RuntimeError):
+    """A run's file that could not be written, as on a full disk; the message says which, and what is kept."""
+
+
+class DataError(RuntimeError):
+    """Batches stopped coming, as when a data worker was killed; the message says where, and what is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (SIGINT) while training, after the step under way was finished; the message says where, what is kept."""
+
+    code = 130
+
+
+class Terminated(SystemExit):
+    """SIGTERM while training, after the step under way was finished; the message says where, what is kept."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = 143
+
+
+class Notice(UserWarning):
+    """What a user should know and nobody has to act on, in one line: a damaged file that was not needed, say."""
