@@ -1,8 +1,8 @@
 """Other parameters and other running statistics than training's own, for an evaluation: averages, re-estimation.
 
 An average has three parts: ``init(module) -> State``, ``update(module, state, step) -> State`` after each training
-step, and the context ``applied(module, state)`` in which the module *is* the average. What the module held comes back after
-the context, the same tensors, also after an exception.
+step, and the context ``applied(module, state)`` in which the module *is* the average. What the module held comes back
+after the context, the same tensors, also after an exception.
 """
 
 from __future__ import annotations

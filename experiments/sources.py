@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from bnsharp.checkpoint import CONFIG
-from bnsharp.checks import suggest, unknown
 from bnsharp.data import ImageData
 from bnsharp.errors import InputError
 from bnsharp.experiments.config import make_config
+from bnsharp.experiments.networks import library, network
 from bnsharp.experiments.run import load_data, read_run
 from bnsharp.experiments.weights import READERS, fit_weights, read_weights, require_finite
-from bnsharp.models import MODELS, build
 from bnsharp.modes import measuring
 
 
@@ -70,12 +69,12 @@ def _open(
             raise InputError(f"{source!r} says nothing of its data; expected --data NAME or --data FOLDER")
         return load_data(make_config({"data": data, "data_options": data_options or {}, "seed": seed}), progress)
 
-    path, library = Path(source), _library(source)
-    if model is not None and (library or path.is_dir()):
+    path, untrained = Path(source), library(source)
+    if model is not None and (untrained or path.is_dir()):
         raise InputError(f"{source} says itself what network it is; expected no --model beside it (got {model!r})")
-    if library:
+    if untrained:
         images = read()
-        return Source(library(seed, model_options), images)
+        return Source(untrained(seed, model_options), images)
     if path.is_dir() or (path.is_file() and _is_checkpoint(path) and model is None):
         config, module, own = read_run(path if path.is_dir() else path.parent, None if path.is_dir() else path)
         return Source(module, own if data is None else read(config.split_seed))
@@ -83,10 +82,10 @@ def _open(
         raise InputError(f"{source!r}: expected a run folder, a checkpoint, torchvision:NAME or timm:NAME")
     if model is None:
         raise InputError(f"{source} says nothing of its network; expected --model NAME to say what network it holds")
-    build_model = _model(model)
+    make = network(model)
     weights = read_weights(path)
     images = read()
-    module = build_model(images, seed, model_options)
+    module = make(images, seed, model_options)
     fit_weights(module, weights, source)
     return Source(module, images)
 
@@ -116,68 +115,3 @@ def _require_fit(source: Source) -> None:
             f"{type(module).__name__} gives {got} for two images of {data.name}, which has {len(data.classes)} "
             f"classes; expected logits [2, {len(data.classes)}] or more: choose a classifier with enough outputs"
         )
-
-
-# ---------------------------------------------------------------- networks by name
-
-
-def _library(name: str) -> Callable[[int, dict[str, Any]], nn.Module] | None:
-    """``(seed, options) -> module`` for ``torchvision:NAME`` or ``timm:NAME``, checked at once; None for others."""
-    kind, _, inner = name.partition(":")
-    if kind not in LIBRARIES or not inner:
-        return None
-    return LIBRARIES[kind](inner)
-
-
-def _model(name: str) -> Callable[[ImageData, int, dict[str, Any]], nn.Module]:
-    """``(data, seed, options) -> module`` with an output per class, its name checked at once."""
-    library = _library(name)
-    if library is not None:
-        make, of_data = library, OPTIONS_OF_DATA[name.partition(":")[0]]
-        return lambda data, seed, options: make(seed, {**of_data(data), **options})
-    if name not in MODELS:
-        raise unknown("model", name, (*MODELS, *(f"{kind}:NAME" for kind in LIBRARIES)))
-    return lambda data, seed, options: build(name, data.input_shape, len(data.classes), seed=seed, **options)
-
-
-def _torchvision(name: str) -> Callable[[int, dict[str, Any]], nn.Module]:
-    from torchvision import models
-
-    _require_known("torchvision", name, models.list_models(module=models))  # classifiers of images
-    return lambda seed, options: _make(name, seed, lambda: models.get_model(name, weights=None, **options))
-
-
-def _timm(name: str) -> Callable[[int, dict[str, Any]], nn.Module]:
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError("timm:NAME needs the package timm; install bnsharp[timm]") from error
-    _require_known("timm", name, timm.list_models())
-    return lambda seed, options: _make(name, seed, lambda: timm.create_model(name, pretrained=False, **options))
-
-
-LIBRARIES: dict[str, Callable[[str], Callable[[int, dict[str, Any]], nn.Module]]] = {
-    "torchvision": _torchvision, "timm": _timm,
-}
-"""Libraries of networks: ``NAME -> (seed, options) -> module``; an unknown name is an error before anything is read."""
-
-OPTIONS_OF_DATA: dict[str, Callable[[ImageData], dict[str, Any]]] = {
-    "torchvision": lambda data: {"num_classes": len(data.classes)},
-    "timm": lambda data: {"num_classes": len(data.classes), "in_chans": data.input_shape[0]},
-}
-"""How each library's networks are fitted to data."""
-
-
-def _require_known(library: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        hint = suggest(name, known) or f"; see {library}'s list of models"
-        raise InputError(f"{library} has no model {name!r} for images and classes{hint}")
-
-
-def _make(name: str, seed: int, build_module: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return build_module()
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{name} is not built with these options ({str(error).splitlines()[0][:100]})") from error

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bnsharp.cli import main
 from bnsharp.data import ImageData, load
 from bnsharp.errors import InputError
-from bnsharp.experiments import sources
+from bnsharp.experiments import networks, sources
 from bnsharp.experiments.config import make_config
 from bnsharp.experiments.run import train
 from bnsharp.experiments.sources import open_source
@@ -128,7 +128,7 @@ def test_a_prefix_that_helps_nothing_stays_in_the_message():
 def test_weights_of_a_librarys_network_have_an_output_per_class(library, suffix, images, files, run):
     pytest.importorskip(library)
     name = {"torchvision": "torchvision:resnet18", "timm": "timm:resnet18"}[library]
-    net = sources._model(name)(load(str(images)), 7, {})
+    net = networks.network(name)(load(str(images)), 7, {})
     assert list(net.state_dict()["fc.weight"].shape) == [2, 512]
     path = files / f"weights.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(net.state_dict(), path)
@@ -142,7 +142,7 @@ def test_weights_of_a_librarys_network_have_an_output_per_class(library, suffix,
 def test_a_gray_network_of_timm_takes_gray_images():
     pytest.importorskip("timm")
     data = load("digits")
-    net = sources._model("timm:resnet10t")(data, 0, {"stem_type": ""})
+    net = networks.network("timm:resnet10t")(data, 0, {"stem_type": ""})
     assert net(data.normalize(data.train_images[:2])).shape == (2, 10)
 
 
@@ -226,7 +226,7 @@ def test_a_module_stays_as_it_was_when_weights_do_not_fit():
 
 
 def test_a_librarys_head_of_another_size_is_named(images, files, refused):
-    net = sources._torchvision("resnet18")(0, {})  # 1000 classes
+    net = networks.library("torchvision:resnet18")(0, {})  # 1000 classes
     torch.save(net.state_dict(), files / "imagenet.pth")
     refused(files / "imagenet.pth", "--model", "torchvision:resnet18", "--data", images, *CHEAP,
             words=("'fc.weight'", "'fc.bias'", "ResNet"))
