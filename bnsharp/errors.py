@@ -39,3 +39,7 @@ class Terminated(SystemExit):
 
 class Notice(UserWarning):
     """What a user should know and nobody has to act on, in one line: a damaged file that was not needed, say."""
+
+
+class RankLostError(RuntimeError):
+    """One of several processes died or drifted from the others; the message says what is kept."""

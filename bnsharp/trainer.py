@@ -5,9 +5,12 @@ It names no measure and no algorithm. What it writes per epoch does not depend o
 
 from __future__ import annotations
 
+import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,49 +19,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bnsharp import params as P
+from bnsharp import randomness
 from bnsharp.checkpoint import METRICS, TIMING, RunFolder
-from bnsharp.checks import whole
-from bnsharp.errors import DivergedError, InputError
+from bnsharp.checks import positive, whole
+from bnsharp.errors import DataError, DivergedError, InputError, Notice, StorageError
 from bnsharp.evaluation import Engine
 from bnsharp.loop import backward
-from bnsharp.objective import arguments, batch_size
+from bnsharp.loopstate import LoopState
+from bnsharp.objective import batch_size
+from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluated, tracked
 from bnsharp.regularizers import Plain, Regularizer, check_weight
 from bnsharp.schedules import Schedule, constant
-from bnsharp.types import State, Step
+from bnsharp.stopping import StopRequest
+from bnsharp.types import Average, Step, Tracker, TrackingContext
+
+__all__ = ["Batch", "Criterion", "Epoch", "Evaluation", "Result", "Trainer", "accuracy", "evaluate"]
 
 Batch = tuple[Any, Any]
 Epoch = Callable[[torch.Generator], Iterable[Batch]]
-Criterion = Callable[[Any, Any], Tensor]
-Evaluation = Callable[[nn.Module], dict[str, float]]
-
-
-def accuracy(output: Any, y: Any) -> Tensor:
-    """Fraction of correct classes; NaN where the output is not ``[n, classes]`` scores."""
-    if not all(isinstance(a, Tensor) for a in (output, y)) or output.ndim != 2 or y.ndim != 1:
-        return torch.full((), float("nan"))
-    return (output.argmax(1) == y).double().mean()
-
-
-def evaluate(module: nn.Module, criterion: Criterion, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss and accuracy over batches with running statistics, each example weighted equally."""
-    was_training = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            loss = correct = torch.zeros((), dtype=torch.float64)
-            n = 0
-            for x, y in batches:
-                args, kwargs = arguments(x)
-                output, size = module(*args, **kwargs), batch_size(x)
-                loss = loss + size * criterion(output, y).double().cpu()
-                correct = correct + size * accuracy(output, y).cpu()
-                n += size
-    finally:
-        for m, mode in was_training.items():
-            m.training = mode
-    if not n:
-        raise InputError("evaluation got no batch; expected at least one")
-    return {"loss": float(loss / n), "accuracy": float(correct / n)}
 
 
 @dataclass(frozen=True)
@@ -70,55 +48,44 @@ class Result:
     steps: int
 
 
-@dataclass
-class _Sums:
-    """Sums over the steps of an epoch, in float64."""
-
-    steps: int = 0
-    examples: int = 0
-    totals: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, step: Step, n: int, y: Any) -> None:
-        values = {
-            "loss": n * step.loss.double(),
-            "accuracy": n * accuracy(step.output, y),
-            "penalty": step.penalty.double(),
-            "ratio": step.ratio.double(),
-        }
-        for key, value in values.items():
-            self.totals[key] = self.totals[key] + value if key in self.totals else value
-        self.steps, self.examples = self.steps + 1, self.examples + n
-
-    def means(self) -> dict[str, float]:
-        per = {"loss": self.examples, "accuracy": self.examples, "penalty": self.steps, "ratio": self.steps}
-        return {key: float(self.totals[key] / n) for key, n in per.items()}
-
-
 class Trainer:
     """Trains a module by ``optimizer`` on ``∇L + λ r``.
+
+    While it runs, SIGINT (Ctrl-C) and SIGTERM stop it after the step under way, with a checkpoint; a second SIGINT
+    stops it at once. A run that was stopped or killed and is resumed writes the same ``metrics.jsonl``, byte for byte,
+    and ends with the same parameters as one that never was.
 
     Args:
         module: trained in place.
         criterion: ``(output, y) -> scalar``, the mean over the batch.
-        epoch: ``generator -> batches``, one shuffled pass; called once per epoch.
+        epoch: ``generator -> batches``, one shuffled pass; called once per epoch. Resuming within an epoch draws its
+            batches again and skips those already used, so that any such function works.
         optimizer: ``parameters -> torch.optim.Optimizer``.
         regularizer: a regulariser, or ``epoch -> regulariser``.
         weight: λ, or ``epoch -> λ``.
         other_batches: batches of a second stream that the regulariser takes each step.
         schedule: ``optimizer -> scheduler``, stepped once per training step.
         epochs: passes over the data.
+        max_norm: largest Euclidean norm of the whole gradient ``∇L + λ r``; a longer one is scaled down to it.
         evaluations: name -> ``module -> {metric: value}``, run after each epoch; recorded as ``name_metric``.
+        averages: name -> :class:`bnsharp.types.Average`, updated after each step; every evaluation is run under each
+            too, recorded as ``average_name_metric``.
+        trackers: name -> :class:`bnsharp.types.Tracker`, run after the evaluations; their numbers join the record.
+        track_every: epochs from one tracking to the next.
         seed: of the order of batches, augmentation, random directions and random layers.
         folder: where metrics and checkpoints go; None keeps everything in memory.
         checkpoint_every: epochs from one checkpoint to the next; the last epoch always has one.
+        checkpoint_steps: steps from one checkpoint within an epoch to the next; None writes none.
         resume: continue from the folder's checkpoint.
         engine: how several perturbed points of one step are evaluated; one engine for the whole run.
         on_step: called with ``(epoch, step)`` after each step, for progress displays.
         on_epoch: called with each epoch's record.
 
     Raises:
-        InputError: bad settings.
-        DivergedError: a non-finite loss or gradient; the checkpoint of the last good epoch is kept.
+        InputError: bad settings; a folder that another process writes; two damaged checkpoints.
+        DivergedError: a non-finite loss or gradient; that step is not taken, and the last checkpoint is kept.
+        StorageError, DataError: a full disk, a killed data worker; the last checkpoint is kept.
+        Interrupted, Terminated: SIGINT, SIGTERM.
     """
 
     def __init__(
@@ -133,10 +100,15 @@ class Trainer:
         other_batches: int = 0,
         schedule: Schedule | None = None,
         epochs: int = 1,
+        max_norm: float | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
+        averages: Mapping[str, Average] | None = None,
+        trackers: Mapping[str, Tracker] | None = None,
+        track_every: int = 1,
         seed: int = 0,
         folder: RunFolder | None = None,
         checkpoint_every: int = 1,
+        checkpoint_steps: int | None = None,
         resume: bool = False,
         engine: Engine | str = "loop",
         on_step: Callable[[int, int], None] | None = None,
@@ -145,6 +117,7 @@ class Trainer:
         whole("epochs", epochs)
         self.module, self.criterion, self.epoch = module, criterion, epoch
         self.params = P.live(module)
+        self._trained = [p for p in P.unwrap(module).parameters() if p.requires_grad]
         chosen = regularizer if regularizer is not None else Plain()
         self.regularizer: Callable[[int], Regularizer] = (
             (lambda e: chosen) if hasattr(chosen, "step") else chosen  # type: ignore[assignment,return-value]
@@ -152,123 +125,240 @@ class Trainer:
         self.weight: Callable[[int], float] = weight if callable(weight) else (lambda e: weight)
         check_weight(self.weight(0))
         self.other_batches, self.epochs = whole("other_batches", other_batches, 0), int(epochs)
-        self.optimizer = optimizer([p for p in P.unwrap(module).parameters() if p.requires_grad])
+        self.optimizer = optimizer(self._trained)
         self.scheduler: LRScheduler = (schedule or constant())(self.optimizer)
-        self.evaluations = dict(evaluations or {})
+        if max_norm is not None:
+            positive("max_norm", max_norm)
+        self.max_norm = max_norm
+        self.evaluations, self.averages = dict(evaluations or {}), dict(averages or {})
+        self.trackers, self.track_every = dict(trackers or {}), whole("track_every", track_every)
         self.seed, self.folder, self.resume = seed, folder, resume
         self.checkpoint_every = whole("checkpoint_every", checkpoint_every)
+        self.checkpoint_steps = None if checkpoint_steps is None else whole("checkpoint_steps", checkpoint_steps)
         self.engine = Engine(engine) if isinstance(engine, str) else engine
         self.on_step, self.on_epoch = on_step, on_epoch
 
     def fit(self) -> Result:
-        """Train to the last epoch; the caller's global random state is left as it was."""
+        """Train to the last epoch; the caller's global random states are left as they were."""
         device = P.first(self.params).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+        with ExitStack() as stack:
+            if self.folder is not None:
+                stack.enter_context(self.folder.locked())
+            stack.enter_context(randomness.seeded(self.seed, device))
+            self._stop = stack.enter_context(StopRequest())
             return self._fit(device)
 
     def _fit(self, device: torch.device) -> Result:
-        self._generators = {
-            name: P.seeded(self.seed * 4 + i, device) for i, name in enumerate(("batches", "others", "directions"))
-        }
-        self._state: State = self.regularizer(0).init(self.params)
-        self._count = {"steps": 0, "gradients": 0}
-        self._kept = 0
-        history: list[dict[str, Any]] = []
-        if self.resume:
-            history = self._restore()
-        for epoch in range(len(history), self.epochs):
-            started = time.perf_counter()
-            record = self._train(epoch)
-            trained = time.perf_counter()
-            for name, measure in self.evaluations.items():
-                record |= {f"{name}_{key}": value for key, value in measure(self.module).items()}
+        averages = {name: average.init(self.module) for name, average in self.averages.items()}
+        self._run = LoopState.new(self.seed, device, self.regularizer(0).init(self.params), averages)
+        self._kept: str | None = None
+        history = self._restore()
+        while self._run.epoch < self.epochs:
+            started = time.perf_counter() - self._run.seconds
+            record = self._train(started)
+            timing = {"epoch": record["epoch"], "train_seconds": time.perf_counter() - started}
+            self._observe(record, timing)
             history.append(record)
-            timing = {"epoch": epoch + 1, "train_seconds": trained - started,
-                      "evaluation_seconds": time.perf_counter() - trained}
+            self._run.end()
             self._keep(record, timing)
         if not history:
             raise InputError("nothing was trained: no epoch left")
-        return Result(history[-1], history, self._count["steps"])
+        return Result(history[-1], history, self._run.steps)
 
-    def _train(self, epoch: int) -> dict[str, Any]:
+    # ------------------------------------------------------------ an epoch's steps
+
+    def _train(self, started: float) -> dict[str, Any]:
         self.module.train()
-        # the second stream starts afresh each epoch, so that a resumed run draws what an uninterrupted one does
-        others = self._endless(self._generators["others"])
+        run, epoch = self._run, self._run.epoch
         regularizer, weight = self.regularizer(epoch), self.weight(epoch)
-        sums, lr = _Sums(), self.optimizer.param_groups[0]["lr"]
-        for index, batch in enumerate(self.epoch(self._generators["batches"])):
-            self.optimizer.zero_grad(set_to_none=True)
-            step = backward(
-                self.module, self.criterion, batch, regularizer, weight,
-                other_batches=[next(others) for _ in range(self.other_batches)],
-                generator=self._generators["directions"], state=self._state, engine=self.engine,
-            )
-            if not bool((step.loss + step.penalty + step.ratio).isfinite()):
-                raise DivergedError(
-                    f"loss {float(step.loss):.4g}, penalty {float(step.penalty):.4g} at epoch {epoch + 1}, step "
-                    f"{index + 1}; expected finite values: lower the learning rate or the perturbation"
-                    + (f"; the checkpoint of epoch {self._kept} is kept" if self._kept else "")
+        with self._data_errors():
+            batches, others = self._streams()
+            for batch in batches:
+                self.optimizer.zero_grad(set_to_none=True)
+                step = backward(
+                    self.module, self.criterion, batch, regularizer, weight,
+                    other_batches=[next(others) for _ in range(self.other_batches)],
+                    generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
                 )
-            self.optimizer.step()
-            self.scheduler.step()
-            self._state = step.state
-            self._count["steps"] += 1
-            self._count["gradients"] += step.evaluations
-            sums.add(step, batch_size(batch[0]), batch[1])
-            if self.on_step is not None:
-                self.on_step(epoch, index)
-        if not sums.steps:
+                self._check(step, self._clip())
+                self.optimizer.step()
+                self.scheduler.step()
+                self._count(step, batch)
+                if self.on_step is not None:
+                    self.on_step(epoch, run.sums.steps - 1)
+                self._rest(started)
+        if not run.sums.steps:
             raise InputError("an epoch holds no batch; expected at least one: is the batch size too large?")
         size = float(P.norm(self.params))
         if size != size or size == float("inf"):
             raise DivergedError(f"parameters are not finite after epoch {epoch + 1}; expected finite values: lower the "
-                                "learning rate or the perturbation")
-        return {"epoch": epoch + 1, "steps": self._count["steps"], "lr": lr, "weight": weight, **sums.means(),
-                "gradient_evaluations": self._count["gradients"], "parameter_norm": size}
+                                f"learning rate or the perturbation{self._keeping}")
+        return {"epoch": epoch + 1, "steps": run.steps, "lr": run.lr, "weight": weight, **run.sums.means(),
+                "gradient_evaluations": run.gradients, "parameter_norm": size}
+
+    def _streams(self) -> tuple[Iterator[Batch], Iterator[Batch]]:
+        """The epoch's batches, and the second stream's, which starts afresh each epoch; past those already used."""
+        run, now = self._run, self._run.random()
+        taken = run.sums.steps
+        if taken and run.start is not None:
+            run.set_random(run.start)
+        else:
+            run.begin(self.optimizer.param_groups[0]["lr"])
+        batches, others = iter(self.epoch(run.generators["batches"])), self._endless(run.generators["others"])
+        if taken:
+            found = sum(1 for _ in itertools.islice(batches, taken))
+            sum(1 for _ in itertools.islice(others, taken * self.other_batches))
+            again = run.random()["generators"]
+            if found < taken or any(not torch.equal(again[k], state) for k, state in now["generators"].items()
+                                    if k != "directions"):
+                warnings.warn(Notice(
+                    f"the batches of epoch {run.epoch + 1} came out otherwise when drawn again, so that the resumed "
+                    "run is another one than the uninterrupted; expected batches that depend on the generator alone"
+                ), stacklevel=2)
+            run.set_random(now)
+        return batches, others
 
     def _endless(self, generator: torch.Generator) -> Iterator[Batch]:
         while True:
             yield from self.epoch(generator)
 
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, which is not longer than ``max_norm`` afterwards."""
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._trained, self.max_norm, norm)
+        return norm
+
+    def _check(self, step: Step, norm: Tensor) -> None:
+        # a penalty or ratio that a method does not compute is NaN
+        if bool((step.loss + norm).isfinite() & ~(step.penalty.isinf() | step.ratio.isinf())):
+            return
+        run, values = self._run, {"loss": step.loss, "norm of the gradient": norm}
+        wrong = [f"{k} {float(v):.4g}" for k, v in values.items() if not bool(v.isfinite())]
+        values = {"penalty": step.penalty, "ratio": step.ratio}
+        wrong += [f"{k} {float(v):.4g}" for k, v in values.items() if bool(v.isinf())]
+        raise DivergedError(
+            f"{', '.join(wrong)} at epoch {run.epoch + 1}, step {run.sums.steps + 1}, which was not taken; expected "
+            f"finite values: lower the learning rate or the perturbation{self._keeping}"
+        )
+
+    def _count(self, step: Step, batch: Batch) -> None:
+        run = self._run
+        run.regularizer = step.state
+        run.steps += 1
+        run.gradients += step.evaluations
+        run.sums.add(step, batch_size(batch[0]), accuracy(step.output, batch[1]))
+        for name, average in self.averages.items():
+            run.averages[name] = average.update(self.module, run.averages[name], run.steps)
+
+    def _rest(self, started: float) -> None:
+        """Between two steps: stop if asked to, write a checkpoint if one is due."""
+        run = self._run
+        due = self.checkpoint_steps is not None and run.steps % self.checkpoint_steps == 0
+        if due or self._stop.signal is not None:
+            run.seconds = time.perf_counter() - started
+            self._save()
+        self._leave_if_asked()
+
+    @contextmanager
+    def _data_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # PyTorch has no class of its own for it
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            line = " ".join(str(error).split())
+            raise DataError(
+                f"{line[:150]} (epoch {self._run.epoch + 1}, step {self._run.sums.steps + 1}); expected batches: is "
+                f"there enough memory for the workers?{self._keeping}"
+            ) from error
+
+    # ------------------------------------------------------------ after an epoch
+
+    def _observe(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Evaluations, averages and trackers; what they draw does not reach training."""
+        run = self._run
+        with randomness.undisturbed(run.device):
+            timing["evaluation_seconds"] = evaluated(
+                self.module, self.evaluations, self.averages, run.averages, record
+            )
+            if self.trackers and record["epoch"] % self.track_every == 0:
+                context = TrackingContext(
+                    record["epoch"], run.steps, record["lr"], record["weight"], record["parameter_norm"],
+                    P.seeded(self.seed, run.device), record,
+                )
+                timing["tracking_seconds"] = tracked(self.module, self.trackers, self.seed, context, record)
+
     def _keep(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
         if self.folder is not None:
-            self.folder.append(METRICS, record)
-            self.folder.append(TIMING, timing)
-            if record["epoch"] % self.checkpoint_every == 0 or record["epoch"] == self.epochs:
-                self.folder.save(self.checkpoint(record["epoch"]))
-                self._kept = record["epoch"]
+            with self._storage_errors():
+                self.folder.append(METRICS, record)
+                self.folder.append(TIMING, timing)
+            due = record["epoch"] % self.checkpoint_every == 0 or record["epoch"] == self.epochs
+            if due or self._stop.signal is not None:
+                self._save()
         if self.on_epoch is not None:
             self.on_epoch(record)
+        self._leave_if_asked()
 
-    def checkpoint(self, epoch: int) -> dict[str, Any]:
-        """Everything that the next epoch depends on."""
+    # ------------------------------------------------------------ checkpoints
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as tensors and plain values."""
         return {
-            "epoch": epoch,
-            "count": dict(self._count),
             "module": P.unwrap(self.module).state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "regularizer": self._state,
-            "generators": {k: g.get_state() for k, g in self._generators.items()},
-            "random": torch.get_rng_state(),
+            **self._run.state_dict(),
         }
 
+    def _save(self) -> None:
+        if self.folder is not None:
+            with self._storage_errors():
+                self.folder.save(self.checkpoint())
+            self._kept = self._run.where
+
     def _restore(self) -> list[dict[str, Any]]:
-        stored = self.folder.load() if self.folder is not None else None
-        if self.folder is None or stored is None:
-            if self.folder is not None:
-                self.folder.keep(METRICS, 0)
-                self.folder.keep(TIMING, 0)
+        """The records so far, after going back to the checkpoint if there is one."""
+        if self.folder is None or not self.resume:
+            return []
+        stored, run = self.folder.recover(), self._run
+        with self._storage_errors():
+            for name in (METRICS, TIMING):
+                self.folder.keep(name, 0 if stored is None else stored["epoch"])
+        if stored is None:
             return []
         P.unwrap(self.module).load_state_dict(stored["module"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.scheduler.load_state_dict(stored["scheduler"])
-        self._state, self._count = stored["regularizer"], dict(stored["count"])
-        for name, state in stored["generators"].items():
-            self._generators[name].set_state(state)
-        torch.set_rng_state(stored["random"])
-        self._kept = stored["epoch"]
-        self.folder.keep(METRICS, stored["epoch"])
-        self.folder.keep(TIMING, stored["epoch"])
-        return self.folder.records(METRICS)
+        run.load_state_dict(stored)
+        history = self.folder.records(METRICS)
+        if len(history) != run.epoch:
+            raise InputError(
+                f"{self.folder.path / METRICS} holds {len(history)} records; expected the {run.epoch} that the "
+                "checkpoint stands for: train again with --overwrite"
+            )
+        self._kept = run.where
+        return history
+
+    def _leave_if_asked(self) -> None:
+        if self._stop.signal is not None:
+            where = "" if self.folder is None else f" in {self.folder.path}"
+            kept = f"; that state is kept{where}" if self._kept == self._run.where else ""
+            raise self._stop.error(f"stopped after {self._run.where}{kept}")
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or (self.folder.path if self.folder is not None else "")
+            raise StorageError(
+                f"{where}: {error.strerror or error}; expected a disk that can be written: free some space, then go on "
+                f"with --resume{self._keeping}"
+            ) from error
+
+    @property
+    def _keeping(self) -> str:
+        return f"; the checkpoint of {self._kept} is kept" if self._kept else ""

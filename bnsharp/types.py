@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, KeysView, ValuesView
+from collections.abc import Callable, ItemsView, KeysView, Mapping, ValuesView
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
 if TYPE_CHECKING:
 
@@ -42,12 +43,15 @@ class Term:
         loss: ``θ ↦ L_b(θ)``, the batch's mean loss.
         output: ``θ ↦ z``, the network's output, where the loss is ``criterion(z)``; None for a plain function.
         criterion: ``z ↦ L_b``.
+        total: where several processes hold parts of the batch: what ``criterion`` or a form of it gives on this one's part
+            ↦ the batch's; None where one process holds all of it.
     """
 
     weight: float
     loss: LossFunction
     output: Callable[[Params], Any] | None = None
     criterion: Callable[[Any], Tensor] | None = None
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,3 +201,46 @@ class Step:
     ratio: Tensor
     output: Any = None
     plain: Params | None = None
+
+
+class Average(Protocol):
+    """Weights that follow the trained ones, such as an exponential moving average; explicit state, like a regulariser.
+
+    The state holds tensors only: it is checkpointed.
+    """
+
+    def init(self, module: nn.Module) -> State:
+        """Before the first step."""
+
+    def update(self, module: nn.Module, state: State, step: int) -> State:
+        """After the optimizer's step number ``step`` (from 1)."""
+
+    def applied(self, module: nn.Module, state: State) -> AbstractContextManager[None]:
+        """A context in which the module has the averaged weights; afterwards it has its own again."""
+
+
+@dataclass(frozen=True)
+class TrackingContext:
+    """What a tracker may want to know.
+
+    Attributes:
+        epoch: finished epochs, this one included.
+        steps: optimizer steps taken.
+        lr: learning rate at the epoch's first step.
+        weight: the epoch's λ.
+        parameter_norm: ``‖θ‖``, the trained parameters.
+        generator: seeded for this epoch alone; nothing that is drawn from it touches training.
+        record: the epoch's record so far.
+    """
+
+    epoch: int
+    steps: int
+    lr: float
+    weight: float
+    parameter_norm: float
+    generator: Generator
+    record: Mapping[str, Any]
+
+
+Tracker = Callable[[nn.Module, TrackingContext], dict[str, float]]
+"""Numbers to record with an epoch, such as a measured sharpness; the module is left as it was."""

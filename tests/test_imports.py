@@ -24,9 +24,9 @@ FOLDERS = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
-    ("checks",),  # of arguments: needed everywhere
+    ("checks", "files", "randomness", "stopping"),  # of arguments; files, global random states, signals of a process
     ("params", "checkpoint", "schedules", "quadrature", "divergence"),  # all but params: numbers and files
-    ("partition", "modes", "lanczos"),  # sums over groups; switches of a live module; eigenpairs
+    ("partition", "modes", "lanczos", "loopstate"),  # sums over groups; modes; eigenpairs; where a run is
     ("forms",),  # quadratic forms of one batch
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("balls",),  # sets of unit directions
@@ -41,9 +41,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("measures",),
     ("starts", "penalty_gradients"),  # what a step remembers; the gradient of a penalty
     ("penalties",),
-    ("smoothings", "wrappers"),
+    ("smoothings", "wrappers", "families"),  # families: algorithms by name
     ("regularizers",),  # the published steps as combinations
-    ("loop", "algorithms"),  # one regularised step; regularisers by name: what a trainer repeats
+    ("loop", "algorithms", "observing"),  # one regularised step; regularisers by name: what a trainer repeats
     ("trainer",),
 )
 """A module imports from strictly lower layers only, so modules of one layer do not know each other."""

@@ -299,7 +299,7 @@ def test_the_regulariser_gets_its_epoch_weight_and_batches(independent):
     history = made.fit().history
     assert calls == [(e, 2.0**e, 1 + independent) for e in range(3) for _ in range(STEPS)]
     assert [r["weight"] for r in history] == [1.0, 2.0, 4.0]
-    assert float(made.checkpoint(3)["regularizer"]["count"]) == 3 * STEPS
+    assert float(made.checkpoint()["regularizer"]["count"]) == 3 * STEPS
 
 
 def test_an_independent_batch_is_another_batch():

@@ -1,0 +1,148 @@
+"""Where a training run is: counters, partial sums, random streams, carried states, as one value that is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnsharp import params as P
+from bnsharp import randomness
+from bnsharp.errors import InputError
+from bnsharp.types import State, Step
+
+STREAMS = ("batches", "others", "directions")
+"""Generators of a run: order and augmentation of batches, the same for the second stream, random directions."""
+
+VERSION = 2
+"""Of what a checkpoint holds."""
+
+
+@dataclass
+class Sums:
+    """Sums over the steps of an epoch, in float64."""
+
+    steps: int = 0
+    examples: int = 0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, step: Step, n: int, accuracy: Tensor) -> None:
+        """One step on ``n`` examples."""
+        values = {
+            "loss": n * step.loss.double(),
+            "accuracy": n * accuracy,
+            "penalty": step.penalty.double(),
+            "ratio": step.ratio.double(),
+        }
+        for key, value in values.items():
+            self.totals[key] = self.totals[key] + value if key in self.totals else value
+        self.steps, self.examples = self.steps + 1, self.examples + n
+
+    def means(self) -> dict[str, float]:
+        """Loss and accuracy per example, penalty and ratio per step."""
+        per = {"loss": self.examples, "accuracy": self.examples, "penalty": self.steps, "ratio": self.steps}
+        return {key: float(self.totals[key] / n) for key, n in per.items()}
+
+
+@dataclass
+class LoopState:
+    """Everything that the next step depends on, beside the module, its optimizer and its schedule.
+
+    Attributes:
+        device: of the parameters.
+        generators: by the names in :data:`STREAMS`.
+        regularizer: what the regulariser carries.
+        averages: what each average carries, by name.
+        epoch: epochs finished.
+        steps, gradients: optimizer steps taken and gradients evaluated, in all.
+        lr: learning rate at the first step of the epoch under way.
+        sums: of the epoch under way; ``sums.steps`` is how many steps it has taken.
+        seconds: spent in the epoch under way before the last interruption.
+        start: random states when the epoch under way began; None between epochs.
+    """
+
+    device: torch.device
+    generators: dict[str, torch.Generator]
+    regularizer: State
+    averages: dict[str, State]
+    epoch: int = 0
+    steps: int = 0
+    gradients: int = 0
+    lr: float = 0.0
+    sums: Sums = field(default_factory=Sums)
+    seconds: float = 0.0
+    start: dict[str, Any] | None = None
+
+    @classmethod
+    def new(cls, seed: int, device: torch.device, regularizer: State, averages: dict[str, State]) -> LoopState:
+        """Before the first step."""
+        generators = {name: P.seeded(seed * 4 + i, device) for i, name in enumerate(STREAMS)}
+        return cls(device, generators, regularizer, averages)
+
+    @property
+    def where(self) -> str:
+        """In words: ``epoch 3``, or ``epoch 4, step 7`` within one."""
+        return f"epoch {self.epoch + 1}, step {self.sums.steps}" if self.sums.steps else f"epoch {self.epoch}"
+
+    def begin(self, lr: float) -> None:
+        """An epoch begins; it is drawn again from here after an interruption."""
+        self.lr, self.sums, self.seconds, self.start = lr, Sums(), 0.0, self.random()
+
+    def end(self) -> None:
+        """The epoch under way is finished."""
+        self.epoch, self.sums, self.seconds, self.start = self.epoch + 1, Sums(), 0.0, None
+
+    def random(self) -> dict[str, Any]:
+        """All random states now."""
+        return {
+            "generators": {k: g.get_state() for k, g in self.generators.items()},
+            "global": randomness.capture(self.device),
+        }
+
+    def set_random(self, state: dict[str, Any]) -> None:
+        """Make :meth:`random`'s value the random states again."""
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        randomness.restore(state["global"], self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "version": VERSION,
+            "epoch": self.epoch, "step": self.sums.steps,
+            "count": {"steps": self.steps, "gradients": self.gradients},
+            "regularizer": self.regularizer, "averages": self.averages,
+            "sums": {"examples": self.sums.examples, "totals": self.sums.totals},
+            "lr": self.lr, "seconds": self.seconds,
+            "random": self.random(), "start": self.start,
+        }
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Raises:
+            InputError: a checkpoint without the state of a run, or with other averages.
+        """
+        if stored.get("version") != VERSION:
+            raise InputError(
+                f"a checkpoint of version {stored.get('version', 1)!r}; a run resumes from version {VERSION}: measure "
+                "it, or train again with --overwrite"
+            )
+        if set(stored["averages"]) != set(self.averages):
+            raise InputError(f"the checkpoint holds the averages {sorted(stored['averages'])}, now "
+                             f"{sorted(self.averages)}; expected the same ones")
+        self.regularizer = self._placed(stored["regularizer"], self.regularizer)
+        self.averages = {k: self._placed(stored["averages"][k], v) for k, v in self.averages.items()}
+        self.epoch = stored["epoch"]
+        self.steps, self.gradients = stored["count"]["steps"], stored["count"]["gradients"]
+        totals = {k: v.to(self.device) for k, v in stored["sums"]["totals"].items()}
+        self.sums = Sums(stored["step"], stored["sums"]["examples"], totals)
+        self.lr, self.seconds, self.start = stored["lr"], stored["seconds"], stored["start"]
+        self.set_random(stored["random"])
+
+    def _placed(self, stored: State, fresh: State) -> State:
+        """Loaded tensors where a fresh state has them, on the parameters' device where it has none."""
+        return {k: v.to(fresh[k].device if k in fresh else self.device) for k, v in stored.items()}
