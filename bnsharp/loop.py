@@ -2,70 +2,233 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bnsharp import params as P
+from bnsharp.checks import one_of, positive
+from bnsharp.distributed import SINGLE, Ranks, average
+from bnsharp.errors import InputError
 from bnsharp.evaluation import Engine
-from bnsharp.objective import TrainingObjective
-from bnsharp.regularizers import Regularizer
-from bnsharp.types import State, Step
+from bnsharp.penalties import Penalty, Regularizer
+from bnsharp.training_objective import PassOverflow, TrainingObjective, is_finite
+from bnsharp.types import Params, State, Step
+
+Batch = tuple[Any, Any]
+PRECISIONS = ("float32", "ambient")
+"""Of a regulariser's passes under autocast: the parameters' own precision, or autocast's."""
+DIRECTIONS = ("synchronised", "local")
+"""Over ranks: those of the whole batch, or each rank's own from its part (m-SAM)."""
 
 
 def backward(
     module: nn.Module,
     criterion: Callable[[Any, Any], Tensor],
-    batch: tuple[Any, Any],
+    batch: Batch,
     regularizer: Regularizer,
     weight: float = 1.0,
     *,
-    other_batches: Sequence[tuple[Any, Any]] = (),
+    other_batches: Sequence[Batch] = (),
     generator: torch.Generator | None = None,
     state: State | None = None,
     scale: float = 1.0,
     engine: Engine | str = "loop",
+    precision: str = "float32",
+    scaler: torch.amp.GradScaler | None = None,
+    ranks: Ranks | None = None,
+    directions: str = "synchronised",
 ) -> Step:
     """What ``loss.backward()`` does, for a regularised loss: add ``scale·gradient`` to every ``.grad``.
 
+    A parameter that no pass has reached keeps its ``.grad``, as with ``loss.backward()``. Inside ``torch.no_grad()`` or
+    ``torch.inference_mode()`` it does the same as outside.
+
     Args:
-        module: in the modes you train it in; its parameters are not moved.
+        module: in the modes you train it in, also compiled or wrapped (DDP, Fabric); its parameters are not moved.
         criterion: ``(output, y) -> scalar``, the mean over the batch.
-        batch: ``(x, y)``, the loss's batch. Only its first evaluation updates running statistics, and random layers see
-            one mask in every evaluation on it.
+        batch: ``(x, y)``, the loss's batch: x a tensor, a tuple (``module(*x)``) or a mapping (``module(**x)``). Only its
+            first evaluation updates running statistics, and random layers see one mask in every evaluation on it.
         regularizer: any :class:`bnsharp.regularizers.Regularizer`.
         weight: λ ≥ 0.
         other_batches: fresh batches for the regulariser; without one it uses ``batch``.
         generator: source of random directions; None seeds one from PyTorch's global generator.
         state: the state returned by the last step; None starts afresh.
-        scale: factor on what is added (``1/k`` when accumulating over k micro-batches).
+        scale: factor > 0 on what is added (``1/k`` when accumulating over k micro-batches).
         engine: how several perturbed points of one step are evaluated.
+        precision: under ``torch.autocast``, what is not the loss's own evaluation runs without it (``"float32"``): in
+            bfloat16 the difference of two gradients is rounding error. Penalties then take ∇L(θ) twice, for the loss and for
+            their difference. ``"ambient"`` evaluates everything under autocast.
+        scaler: a gradient scaler for float16 autocast. ``.grad`` receives gradients times its scale, for
+            ``scaler.unscale_``, ``step`` and ``update``. If any pass overflows the step ends there: ``.grad`` is not finite,
+            so that ``scaler.step`` skips the update, and the state returned is the one passed in.
+        ranks: processes that hold parts of the batch; None is those of a ``DistributedDataParallel`` module, else this one
+            alone. ``.grad`` is the same on all of them.
+        directions: ``"synchronised"``: the step of the whole batch, with its batch statistics, as one process would take;
+            ``"local"``: each rank a step on its part, averaged (m-SAM).
 
     Returns:
-        The step: loss, penalty, gradient, gradients evaluated, state, the module's output.
+        The step: loss, penalty, gradient, gradients evaluated, state, the module's output (of this rank's part).
+
+    Raises:
+        InputError: an argument out of range; a scaler without float16 autocast; a Fabric module in mixed precision outside
+            ``fabric.autocast()``; reentrant checkpointing; a loss that depends on no parameter.
     """
+    positive("scale", scale)
+    one_of("precision", precision, PRECISIONS)
+    one_of("directions", directions, DIRECTIONS)
     owned = P.trainable(module)
-    params = P.make({name: parameter.detach() for name, parameter in owned})
-    if generator is None:
-        generator = P.seeded(int(torch.randint(2**62, ()).item()), P.first(params).device)
-    first = TrainingObjective(module, criterion, batch, engine=engine)
-    others = [
-        TrainingObjective(module, criterion, b, update_statistics=False, engine=engine) for b in other_batches
-    ]
-    step = regularizer.step(
-        [first, *others],
-        params,
-        weight=weight,
-        state=regularizer.init(params) if state is None else state,
-        generator=generator,
-    )
+    ambient = _Ambient.now(module, owned, scaler)
+    ranks = _ranks_of(module) if ranks is None else ranks
+    with _outside(ambient):
+        params = P.make({name: parameter.detach() for name, parameter in owned})
+        grad_scale = _scale_of(scaler, params)
+        before = regularizer.init(params) if state is None else state
+
+        def objective(data: Batch, **options: Any) -> TrainingObjective:
+            return TrainingObjective(
+                module, criterion, _usable(data), engine=engine, gradient_scale=grad_scale,
+                ranks=ranks if directions == "synchronised" else SINGLE, **options,
+            )
+
+        first = objective(batch, autocast=ambient.dtype, everywhere=precision == "ambient")
+        others_in = ambient.dtype if precision == "ambient" else None
+        others = [objective(b, update_statistics=False, autocast=others_in) for b in _batches(other_batches)]
+        if ambient.dtype is not None and others_in is None and not others and _takes_differences(regularizer):
+            others = [objective(batch, update_statistics=False, like=first)]
+        drawn = _generator(generator, params, ranks, directions)
+        step = _step(regularizer, [first, *others], params, weight, before, drawn)
+        if ranks.count > 1 and directions == "local":
+            step = average(step, ranks, float(first.batch_size))
+        if scaler is not None and not is_finite(step.gradient):
+            step = replace(step, state=before)
+        reached = set(params.keys()) if ranks.count > 1 else {name for o in (first, *others) for name in o.used}
+        _add(owned, step.gradient, scale if grad_scale is None else scale * grad_scale, reached)
+    return replace(step, output=first.output)
+
+
+@dataclass(frozen=True)
+class _Ambient:
+    """The caller's autocast: its device type, and its dtype where it is on."""
+
+    device_type: str
+    dtype: torch.dtype | None
+
+    @staticmethod
+    def now(
+        module: nn.Module, owned: Sequence[tuple[str, nn.Parameter]], scaler: torch.amp.GradScaler | None
+    ) -> _Ambient:
+        kind = owned[0][1].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if scaler is not None and scaler.is_enabled() and dtype != torch.float16:
+            raise InputError(f"a gradient scaler with {'no autocast' if dtype is None else f'autocast to {dtype}'}; "
+                             f'expected torch.autocast("{kind}", dtype=torch.float16) around the call, or scaler=None')
+        plugin = getattr(getattr(module, "_strategy", None), "precision", None)
+        fabric = getattr(plugin, "precision", None)
+        if dtype is None and isinstance(fabric, str) and fabric.endswith("mixed"):
+            raise InputError(f"a Fabric module set up with precision={fabric!r} and no autocast; expected "
+                             "`with fabric.autocast():` around bnsharp.backward")
+        if any(p.is_inference() for _, p in owned):
+            raise InputError("parameters made inside torch.inference_mode() cannot be trained; expected a module made "
+                             "outside of it")
+        return _Ambient(kind, dtype)
+
+
+@contextmanager
+def _outside(ambient: _Ambient) -> Iterator[None]:
+    """Outside the caller's inference mode, no_grad and autocast: a regulariser's own arithmetic keeps its precision."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if ambient.dtype is not None:
+            stack.enter_context(torch.autocast(ambient.device_type, enabled=False))
+        yield
+
+
+def _step(
+    regularizer: Regularizer,
+    objectives: list[TrainingObjective],
+    params: Params,
+    weight: float,
+    state: State,
+    generator: torch.Generator,
+) -> Step:
+    """The regulariser's step, or one that is nowhere finite where a pass overflowed."""
+    try:
+        return regularizer.step(objectives, params, weight=weight, state=state, generator=generator)
+    except PassOverflow:
+        gradient = P.pmap(lambda p: torch.full_like(p, float("nan")), params)
+        nothing = P.first(params).new_tensor(float("nan"))
+        loss = objectives[0].loss
+        for objective in objectives:
+            objective.used.update(params.keys())
+        spent = sum(objective.gradients for objective in objectives)
+        return Step(nothing if loss is None else loss, nothing, gradient, spent, state, nothing)
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise InputError("a layer is checkpointed with use_reentrant=True, which gives no gradients to anyone but "
+                         ".backward(); expected use_reentrant=False") from error
+
+
+def _add(
+    owned: Sequence[tuple[str, nn.Parameter]], gradient: Params, factor: float | Tensor, reached: set[str]
+) -> None:
+    """Add ``factor·gradient`` to ``.grad``; a parameter without a gradient in any pass is left alone."""
     for name, parameter in owned:
-        update = step.gradient[name] if scale == 1.0 else scale * step.gradient[name]
+        if name not in reached and not bool(gradient[name].any()):
+            continue
+        unchanged = isinstance(factor, float) and factor == 1.0
+        update = gradient[name] if unchanged else factor * gradient[name]
         if parameter.grad is None:
             parameter.grad = update.clone()
         else:
             parameter.grad.add_(update)
-    return replace(step, output=first.output)
+
+
+def _scale_of(scaler: torch.amp.GradScaler | None, params: Params) -> Tensor | None:
+    """The scaler's factor, as it multiplies losses; None without one that is switched on."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(P.first(params).new_ones((), dtype=torch.float32))
+
+
+def _takes_differences(regularizer: Any) -> bool:
+    """Whether a regulariser, or the one it wraps, subtracts ∇L(θ) from gradients at other points."""
+    inner = getattr(regularizer, "inner", None)
+    return isinstance(regularizer, Penalty) or (inner is not None and _takes_differences(inner))
+
+
+def _batches(batches: Any) -> list[Batch]:
+    if not isinstance(batches, Sequence) or isinstance(batches, Tensor):
+        raise InputError(f"other_batches is a {type(batches).__name__}; expected a list of batches (x, y)")
+    return list(batches)
+
+
+def _usable(data: Any) -> Any:
+    """A batch as it can be saved for a backward pass, also if it was made in inference mode."""
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, data)
+
+
+def _ranks_of(module: nn.Module) -> Ranks:
+    """The processes of a ``DistributedDataParallel`` module, else this one alone."""
+    wrapper = P.data_parallel(module)
+    if wrapper is None:
+        return SINGLE
+    group: Any = wrapper.process_group
+    device = next(wrapper.parameters()).device
+    return Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group, device)
+
+
+def _generator(generator: torch.Generator | None, params: Params, ranks: Ranks, directions: str) -> torch.Generator:
+    """The source of random directions: one for all ranks, or this rank's own."""
+    if generator is None:
+        seed = ranks.from_first(lambda: int(torch.randint(2**62, ()).item()))
+        generator = P.seeded(seed, P.first(params).device)
+    return ranks.own(generator) if directions == "local" else generator

@@ -20,14 +20,34 @@ from bnsharp.types import Params
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s and data-parallel wrappers."""
+    """The module inside the wrappers of ``torch.compile``, data parallelism and Lightning Fabric."""
+    return _layers(module)[-1]
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """:func:`unwrap`, or its ``torch.compile`` wrapper where there is one directly around it."""
+    layers = _layers(module)
+    return layers[-2] if len(layers) > 1 and "_orig_mod" in layers[-2]._modules else layers[-1]
+
+
+def data_parallel(module: nn.Module) -> nn.Module | None:
+    """The ``DistributedDataParallel`` among a module's wrappers, or None."""
+    return next((m for m in _layers(module) if type(m).__name__ == "DistributedDataParallel"), None)
+
+
+_INSIDE = {"DistributedDataParallel": "module", "DataParallel": "module", "_FabricModule": "_forward_module"}
+"""Wrappers by the names of their classes, so that none has to be installed, and where the module inside is."""
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The module and what is inside it, wrapper by wrapper."""
+    layers = [module]
     while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and type(module).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = module.module
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
+        module = layers[-1]
+        inner = module._modules.get("_orig_mod") or module._modules.get(_INSIDE.get(type(module).__name__, ""))
+        if inner is None:
+            return layers
+        layers.append(inner)
 
 
 def make(values: Mapping[str, Tensor], batch_size: Sequence[int] = ()) -> Params:

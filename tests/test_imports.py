@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("balls",),  # sets of unit directions
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
-    ("profiles", "channels", "averages"),  # channels: who writes and reads them, found by probing
+    ("profiles", "channels", "averages", "training_objective"),  # channels: who writes and reads them, found by probing
     ("directions", "scores", "transformations"),  # maps of parameters that keep the function: of groups and channels
     ("bounds",),  # of searched maxima
     ("estimation",),  # the four slots put together
