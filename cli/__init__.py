@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 import typer
 
@@ -24,16 +25,22 @@ app.command("groups")(groups.groups)
 app.command("list")(listing.listing)
 
 
+_python_shows = warnings.showwarning
+
+
 def main() -> None:
     """Run the command line: exit code 0 on success, 2 on bad usage with one line, 1 where training failed."""
-    from bnsharp.errors import DivergedError, InputError
+    from bnsharp.errors import DataError, DivergedError, InputError, Notice, StorageError
 
     code: object = 0
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", Notice)
+            warnings.showwarning = _show
+            code = app(standalone_mode=False)
     except InputError as error:
         _stop(str(error), 2)
-    except DivergedError as error:
+    except (DivergedError, StorageError, DataError) as error:
         _stop(f"training stopped: {error}", 1)
     except OSError as error:
         # a folder that cannot be made or written, a full disk
@@ -55,3 +62,13 @@ def main() -> None:
 def _stop(line: str, code: int) -> NoReturn:
     print(f"bnsharp: {line}", file=sys.stderr)
     sys.exit(code)
+
+
+def _show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+    """A notice as one line; any other warning as Python shows it."""
+    from bnsharp.errors import Notice
+
+    if issubclass(category, Notice):
+        print(f"bnsharp: {message}", file=sys.stderr)
+    else:
+        _python_shows(message, category, *where, **rest)

@@ -21,12 +21,13 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="any other setting: delta=0.05, label_noise=0.4, schedule=…"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/DATA-MODEL-ALGORITHM-SEED)")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the folder's last finished epoch")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the folder's checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that the folder holds")] = False,
 ) -> None:
     """Train a network with a named algorithm into a run folder: configuration, metrics, timing, checkpoint, summary."""
+    from bnsharp.checkpoint import CHECKPOINT
     from bnsharp.cli.display import console, load_progress, number, progress, table
-    from bnsharp.errors import InputError
+    from bnsharp.errors import InputError, Interrupted, Terminated
     from bnsharp.experiments.config import make_config
     from bnsharp.experiments.run import train as run
 
@@ -36,11 +37,9 @@ def train(
     values: dict[str, Any] = {"data": data, "model": model, "algorithm": algorithm}
     config = make_config({**values, **{k: v for k, v in given.items() if v is not None}}, set_)
     where = out or Path("runs") / f"{Path(config.data).name}-{config.model}-{config.algorithm}-{config.seed}"
-    last: dict[str, Any] = {}
     with progress(f"{config.algorithm} on {Path(config.data).name}", config.epochs) as bar:
 
         def on_epoch(record: dict[str, Any]) -> None:
-            last.update(record)
             bar.note(f"epoch {record['epoch']}/{config.epochs}, loss {number(record['loss'])}, "
                      f"test accuracy {100 * record['test_accuracy']:.2f}%")
 
@@ -49,9 +48,12 @@ def train(
                 config, where, resume=resume, overwrite=overwrite, on_start=bar.start,
                 on_step=lambda epoch, step: bar.advance(1), on_epoch=on_epoch, progress=load_progress("reading images"),
             )
+        except (Interrupted, Terminated) as stop:
+            typer.echo(f"bnsharp: {stop}: go on with --resume", err=True)
+            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
         except KeyboardInterrupt:
-            kept = f"epoch {last['epoch']} is kept" if last else "no epoch was finished"
-            typer.echo(f"bnsharp: stopped; {kept} in {where}: go on with --resume", err=True)
+            kept = "the last checkpoint is kept" if (where / CHECKPOINT).exists() else "nothing was saved yet"
+            typer.echo(f"bnsharp: stopped at once; {kept} in {where}: go on with --resume", err=True)
             raise typer.Exit(130) from None
     record = result.last
     rows = {

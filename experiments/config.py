@@ -40,6 +40,7 @@ class RunConfig(BaseModel):
     device: str = "cpu"
     threads: int | None = Field(default=None, ge=1)
     checkpoint_every: int = Field(default=1, ge=1)
+    checkpoint_steps: int | None = Field(default=None, ge=1)
     engine: Literal["loop", "vmap"] = "loop"
 
     @field_validator("lr", "momentum", "weight_decay", "gamma")

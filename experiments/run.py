@@ -27,7 +27,8 @@ from bnsharp.params import parameters
 from bnsharp.trainer import Result, Trainer, evaluate
 
 criterion = nn.functional.cross_entropy
-MAY_DIFFER = ("versions", "threads")
+MAY_DIFFER = ("versions", "threads", "checkpoint_every", "checkpoint_steps")
+"""What a resumed run may change: none of it is meant to change the numbers."""
 EVALUATION_BATCH = 1000
 
 
@@ -169,7 +170,8 @@ def trainer(
         schedule=_schedule(config, steps_per_epoch(prepared)),
         epochs=config.epochs,
         evaluations={"test": lambda module: evaluate(module, criterion, batches(*test))},
-        seed=config.seed, folder=folder, checkpoint_every=config.checkpoint_every, resume=resume,
+        seed=config.seed, folder=folder, checkpoint_every=config.checkpoint_every,
+        checkpoint_steps=config.checkpoint_steps, resume=resume,
         engine=config.engine, on_step=on_step, on_epoch=on_epoch,
     )
 
@@ -202,26 +204,29 @@ def train(
     """Run a configuration into a run folder.
 
     Raises:
-        InputError: bad configuration, or a folder that holds a run already; nothing is written then.
-        DivergedError: see :class:`bnsharp.trainer.Trainer`.
+        InputError: bad configuration, or a folder that holds a run already or that another process writes; nothing
+            is written then.
+        DivergedError, StorageError, DataError, Interrupted, Terminated: see :class:`bnsharp.trainer.Trainer`.
     """
-    threads = config.threads
-    if threads is None and resume and RunFolder(Path(out)).exists():
-        threads = RunFolder(Path(out)).config().get("threads")  # the same bytes as without the interruption
+    folder, threads = RunFolder(Path(out)), config.threads
+    if threads is None and resume and folder.exists():
+        threads = folder.config().get("threads")  # the same bytes as without the interruption
     if threads is not None:
         torch.set_num_threads(threads)
-    RunFolder(Path(out)).check_free(overwrite=overwrite or resume)
+    folder.check_free(overwrite=overwrite or resume)
     prepared = prepare(config, data, progress)
     run = trainer(prepared, resume=resume, on_step=on_step, on_epoch=on_epoch)
     stored = stored_config(prepared)
-    folder = (
-        RunFolder.resume(out, stored, MAY_DIFFER) if resume else RunFolder.create(out, stored, overwrite=overwrite)
-    )
-    run.folder = folder
-    if on_start is not None:
-        on_start(steps_per_epoch(prepared) * config.epochs)
-    result = run.fit()
-    folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
+    with folder.locked():
+        if resume:
+            folder.go_on(stored, MAY_DIFFER)
+        else:
+            folder.start(stored, overwrite=overwrite)
+        run.folder = folder
+        if on_start is not None:
+            on_start(steps_per_epoch(prepared) * config.epochs)
+        result = run.fit()
+        folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
     return prepared, result
 
 

@@ -51,7 +51,7 @@ def cores() -> int:
 
 
 def run_task(task: Task, tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
-    """Train and measure one task; a finished one is read back, an unfinished one goes on from its last epoch.
+    """Train and measure one task; a finished one is read back, an unfinished one goes on from its checkpoint.
 
     ``tick(n)`` is called as n more units are done, :func:`units` in all.
     """
@@ -100,7 +100,11 @@ def _result(task: Task, history: list[dict[str, Any]], timing: list[dict[str, An
 
 
 def _worker(task: Task, ticks: Any) -> dict[str, Any]:
-    return run_task(task, ticks.put)
+    try:
+        return run_task(task, ticks.put)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # the pool would report it and hand this process the next task
+        os._exit(143 if isinstance(stop, SystemExit) else 130)
 
 
 def run_study(
@@ -108,7 +112,8 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """All tasks, one thread each, on as many processes as there are cores; results in the order of the tasks.
 
-    The numbers do not depend on the number of workers. An interruption loses at most an epoch of each run under way.
+    The numbers do not depend on the number of workers. An interruption (SIGINT, SIGTERM) lets each run under way finish
+    its step and write a checkpoint, from which the same call goes on.
     """
     workers = min(workers or cores(), len(tasks))
     if workers == 1:

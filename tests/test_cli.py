@@ -16,7 +16,7 @@ import torch
 from helpers import SMALL, Done, read_lines, tree
 from PIL import Image
 
-from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, load
+from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, PREVIOUS, SUMMARY, TIMING, load
 
 KEYS = {"value", "stderr", "error", "upper", "seconds", "statistics", "batch_size"}
 CHEAP = ["--set", "draws=3", "--measure", "gaussian"]
@@ -50,7 +50,7 @@ def results(done: Done) -> dict[str, Any]:
 
 
 def test_a_run_folder_holds_what_the_documentation_says(finished):
-    assert set(tree(finished)) == {CONFIG, METRICS, TIMING, CHECKPOINT, SUMMARY}
+    assert set(tree(finished)) == {CONFIG, METRICS, TIMING, CHECKPOINT, PREVIOUS, SUMMARY}
     stored = json.loads((finished / CONFIG).read_text())
     assert stored["algorithm"] == "sgds-1" and stored["epochs"] == 2 and stored["batch_size"] == 32
     assert stored["data_options"] == {"train_size": 96} and stored["model_options"] == {"width": 8, "depth": 1}

@@ -12,7 +12,7 @@ import torch
 from helpers import assert_same, cross_entropy, one_line, read_lines, tree
 
 from bnsharp import Objective, parameters
-from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, load
+from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, PREVIOUS, SUMMARY, TIMING, load
 from bnsharp.errors import DivergedError, InputError
 from bnsharp.experiments.config import RunConfig, make_config
 from bnsharp.experiments.measuring import Setting, measure_all, options_for
@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_holds_what_the_documentation_says(finished):
-    assert set(tree(finished)) == {CONFIG, METRICS, TIMING, CHECKPOINT, SUMMARY}
+    assert set(tree(finished)) == {CONFIG, METRICS, TIMING, CHECKPOINT, PREVIOUS, SUMMARY}
     metrics, timing = read_lines(finished / METRICS), read_lines(finished / TIMING)
     assert [r["epoch"] for r in metrics] == [r["epoch"] for r in timing] == [1, 2, 3]
     assert {"epoch", "train_seconds"} <= set(timing[0]) and not {k for k in metrics[0] if "second" in k}
@@ -88,7 +88,7 @@ def test_an_interrupted_run_resumes_to_the_same_folder(finished, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(config(), tmp_path, on_epoch=interrupt)
-    assert set(tree(tmp_path)) == {CONFIG, METRICS, TIMING, CHECKPOINT}
+    assert set(tree(tmp_path)) == {CONFIG, METRICS, TIMING, CHECKPOINT, PREVIOUS}
     train(config(), tmp_path, resume=True)
     for name in (CONFIG, METRICS, SUMMARY):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
