@@ -1,8 +1,8 @@
 """Evaluating losses, gradients and Hessian products: one point or many, one batch or a weighted mean of batches.
 
 Everything that evaluates a loss or a gradient goes through :class:`AbstractObjective`, so that engines (loop or vmap),
-counting and averaging over batches live in one place. A plain function ``Params -> Tensor []`` is accepted wherever an
-objective is: see :func:`as_objective`.
+counting and averaging over batches and over ranks live in one place. A plain function ``Params -> Tensor []`` is
+accepted wherever an objective is: see :func:`as_objective`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.checks import one_of, whole
+from bnsharp.distributed import SINGLE, Ranks, over_ranks
 from bnsharp.errors import InputError
 from bnsharp.forms import GradientGraph, QuadraticForm
 from bnsharp.types import LossFunction, Params, Term
@@ -58,13 +59,18 @@ def _value_and_grad(fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
 
 
 class AbstractObjective(ABC):
-    """A weighted mean of losses, one term per batch. Subclasses say what the terms are."""
+    """A weighted mean of losses, one term per batch. Subclasses say what the terms are.
+
+    With several ranks each holds a part of every batch, and all evaluate together.
+    """
 
     statistics: str | None = None
     batch_size: int | None = None
 
-    def __init__(self, engine: Engine | str = "loop"):
+    def __init__(self, engine: Engine | str = "loop", ranks: Ranks = SINGLE):
         self.engine = Engine(engine) if isinstance(engine, str) else engine
+        self.ranks = ranks
+        self._totals: list[float] = []
         self.evaluations: Counter[str] = Counter()
         self.on_evaluation: Callable[[int], None] | None = None
         """Called with the number of losses, gradients or products just evaluated on a batch: for progress displays."""
@@ -82,6 +88,36 @@ class AbstractObjective(ABC):
     def _terms(self) -> Iterator[Term]:
         """The batches; the objective is ``Σ w_b L_b / Σ w_b``."""
 
+    def _whole_terms(self) -> Iterator[Term]:
+        """The batches with all ranks' parts, for a single process its own.
+
+        Raises:
+            InputError: ranks with different numbers of batches, on all of them.
+        """
+        if self.ranks.count == 1:
+            yield from self._terms()
+            return
+        known, index = bool(self._totals), 0
+        totals = self._totals if known else []
+        for index, term in enumerate(self._terms(), 1):  # noqa: B007
+            if not known:
+                totals.append(self._total(index, term.weight))
+            yield over_ranks(term, self.ranks, totals[index - 1])
+        if not known:
+            self._total(index + 1, 0.0)
+            self._totals = totals
+
+    def _total(self, index: int, weight: float) -> float:
+        """Weight of the ``index``-th batch over all ranks; 0 where this rank has none left."""
+        weights = self.ranks.gather(weight)
+        if any(weights) and not all(weights):
+            without = [r for r, w in enumerate(weights) if not w]
+            raise InputError(
+                f"ranks {without} of {self.ranks.count} have no batch {index}, the others have one; expected a part of "
+                "every batch on every rank: cut each batch with ranks.share(batch)"
+            )
+        return sum(weights)
+
     def _session(self) -> AbstractContextManager[Any]:
         """The context in which terms are evaluated."""
         return nullcontext()
@@ -94,7 +130,7 @@ class AbstractObjective(ABC):
         """``(weight, evaluate(term))`` of every batch, one after the other: one pass over the data."""
         count, weights = 0, 0.0
         with self._session():
-            for term in self._terms():
+            for term in self._whole_terms():
                 part = evaluate(term)
                 count, weights = count + 1, weights + term.weight
                 yield term.weight, part
@@ -213,7 +249,7 @@ class AbstractObjective(ABC):
         """
         kept: list[GradientGraph] = []
         with self._session():
-            terms = self._terms()
+            terms = self._whole_terms()
             first, second = next(terms, None), next(terms, None)
             if first is not None and second is None:
                 kept.append(GradientGraph(first.loss, params))
@@ -238,8 +274,8 @@ class AbstractObjective(ABC):
         Raises:
             InputError: nothing to cut, or fewer examples than chunks.
         """
-        raise InputError(f"{type(self).__name__} cannot be cut into {n} chunks; expected the objective of one batch, as "
-                         "bnsharp.backward makes it")
+        raise InputError(f"{type(self).__name__} cannot be cut into {n} chunks; expected the objective of one batch, "
+                         "as bnsharp.backward makes it")
 
     def _chunks(self, n: int) -> list[range]:
         size = self.engine.chunk if self.engine.name == "vmap" else 1

@@ -101,7 +101,8 @@ def output_form(term: Term, output: Any, floating: Sequence[int], d: Sequence[Te
         slope = _grad(criterion(tree_unflatten(filled, spec)), leaves, create_graph=True)
         inner = torch.stack([(g * a).sum() for g, a in zip(slope, d, strict=True)]).sum()
         second = _grad(inner, leaves, create_graph=True)
-        return torch.stack([(h * a).sum() for h, a in zip(second, d, strict=True)]).sum()
+        value = torch.stack([(h * a).sum() for h, a in zip(second, d, strict=True)]).sum()
+        return value if term.total is None else term.total(value)
 
 
 def parts_of(term: Term) -> tuple[Callable[[Params], Any], Callable[[Any], Tensor]]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from bnsharp import params as P
 from bnsharp.checks import one_of
+from bnsharp.distributed import SINGLE, Ranks
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine
-from bnsharp.modes import frozen_statistics, measuring
+from bnsharp.modes import measuring
+from bnsharp.synchronised import synchronised
 from bnsharp.types import Params, Term
+
+_FULL = (torch.float32, torch.float64)
 
 
 def batch_size(x: Any) -> int:
@@ -43,11 +46,13 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
 
 
-class _ModuleObjective(AbstractObjective):
+class ModuleObjective(AbstractObjective):
     """What objectives on a module share: the functional call, its checks, its error messages."""
 
-    def __init__(self, module: nn.Module, criterion: Callable[[Any, Any], Tensor], engine: Engine | str):
-        super().__init__(engine)
+    def __init__(
+        self, module: nn.Module, criterion: Callable[[Any, Any], Tensor], engine: Engine | str, ranks: Ranks = SINGLE
+    ):
+        super().__init__(engine, ranks)
         self.module, self.criterion = P.unwrap(module), criterion
         self._dtypes = {k: p.dtype for k, p in self.module.named_parameters()}
 
@@ -75,7 +80,7 @@ class _ModuleObjective(AbstractObjective):
         if any(v.dtype != self._dtypes[k] for k, v in params.items()):
             x = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
         try:
-            output = torch.func.functional_call(self.module, tensors, *arguments(x))
+            output = self._call(tensors, x)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise InputError(
@@ -84,8 +89,12 @@ class _ModuleObjective(AbstractObjective):
                 ) from error
             raise
         if keep is not None:
-            keep(tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output))
+            keep(output)
         return output
+
+    def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
+        """The module at inputs x, with these tensors for parameters and buffers."""
+        return torch.func.functional_call(self.module, tensors, *arguments(x))
 
     def _criterion_in(self, dtype: torch.dtype) -> Callable[[Any, Any], Tensor]:
         """The criterion; a copy in another precision where it is a module with tensors of its own (class weights)."""
@@ -93,13 +102,14 @@ class _ModuleObjective(AbstractObjective):
         if not isinstance(criterion, nn.Module):
             return criterion
         own = [t for t in [*criterion.parameters(), *criterion.buffers()] if t.is_floating_point()]
-        if not own or dtype not in (torch.float32, torch.float64) or all(t.dtype == dtype for t in own):
+        if not own or dtype not in _FULL or all(t.dtype == dtype for t in own):
             return criterion
         return copy.deepcopy(criterion).to(dtype)
 
     def _judged(self, output: Any, y: Any) -> Tensor:
         first = next((t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()), None)
-        if isinstance(y, Tensor) and y.is_floating_point() and first is not None and y.dtype != first.dtype:
+        # targets follow the parameters; under autocast a criterion promotes them itself
+        if isinstance(y, Tensor) and y.is_floating_point() and first is not None and first.dtype in _FULL:
             y = y.to(first.dtype)
         criterion = self.criterion if first is None else self._criterion_in(first.dtype)
         try:
@@ -118,7 +128,7 @@ class _ModuleObjective(AbstractObjective):
         return loss
 
 
-class Objective(_ModuleObjective):
+class Objective(ModuleObjective):
     """``θ ↦ mean loss of module(x; θ)`` over fixed data, with the normalizers' statistics of each batch.
 
     Args:
@@ -129,10 +139,13 @@ class Objective(_ModuleObjective):
             ``x`` is a tensor, a tuple (``module(*x)``) or a dictionary (``module(**x)``).
         statistics: ``"batch"`` (the function is scale invariant) or ``"running"`` (it is not).
         engine: how many points at once, see :class:`Engine`.
+        ranks: the processes that hold parts of the data (:func:`bnsharp.distributed.joined`). ``data`` is then this one's
+            part of every batch (``ranks.share(batch)``), batch statistics are those of whole batches, and every number
+            is that of one process with all of the data, on all ranks. All ranks make the same calls.
 
     Raises:
         InputError: one-shot iterators, shuffling loaders, a batch of one with batch statistics, a criterion
-            that is not a scalar, a module that stays random when measured.
+            that is not a scalar, a module that stays random when measured, ranks with different numbers of batches.
     """
 
     def __init__(
@@ -143,8 +156,9 @@ class Objective(_ModuleObjective):
         *,
         statistics: str = "batch",
         engine: Engine | str = "loop",
+        ranks: Ranks = SINGLE,
     ):
-        super().__init__(module, criterion, engine)
+        super().__init__(module, criterion, engine, ranks)
         one_of("statistics", statistics, ("batch", "running"))
         self.statistics = statistics
         self.batches: Iterable[tuple[Any, Any]] = (tuple(data),) if _is_pair(data) else data  # type: ignore[assignment]
@@ -163,7 +177,9 @@ class Objective(_ModuleObjective):
         for x, _ in self.batches:
             self.batch_size = batch_size(x)
             break
-        if self.batch_size is None:
+        if self.batch_size is not None:
+            self.batch_size = int(sum(ranks.gather(self.batch_size)))
+        else:
             raise InputError("data holds no batch; expected one (x, y) or a non-empty collection of batches")
         self._checked = False
 
@@ -178,13 +194,16 @@ class Objective(_ModuleObjective):
 
     def with_criterion(self, criterion: Callable[[Any, Any], Tensor]) -> Objective:
         """The same network, data, statistics and engine under another criterion."""
-        other = Objective(self.module, criterion, self.batches, statistics=str(self.statistics), engine=self.engine)
+        other = Objective(self.module, criterion, self.batches, statistics=str(self.statistics), engine=self.engine,
+                          ranks=self.ranks)
         other.on_evaluation, other._checked = self.on_evaluation, self._checked
         return other
 
-    def _session(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _session(self) -> Iterator[None]:
         assert self.statistics is not None
-        return measuring(self.module, self.statistics)
+        with measuring(self.module, self.statistics), synchronised(self.module, self.ranks):
+            yield
 
     def check(self, params: Params) -> None:
         """Evaluate twice on at most 64 examples of the first batch; once per objective."""
@@ -202,13 +221,13 @@ class Objective(_ModuleObjective):
             return a[:64] if isinstance(a, Tensor) and a.ndim and len(a) == n else a
 
         x, y = tree_map(cut, x), tree_map(cut, y)
-        states = _random_states(params)
+        states = random_states(params)
         try:
             with torch.no_grad(), self._session():
                 first, second = self._loss(params, x, y), self._loss(params, x, y)
-            drew = _differ(states, _random_states(params))
+            drew = differ(states, random_states(params))
         finally:
-            _restore(states)
+            restore(states)
         tolerance = 1e3 * torch.finfo(first.dtype).eps * (1 + float(first.abs()))
         if drew or (bool(first.isfinite()) and float((first - second).abs()) > tolerance):
             raise InputError(
@@ -219,82 +238,6 @@ class Objective(_ModuleObjective):
         self._checked = True
 
 
-class TrainingObjective(_ModuleObjective):
-    """The loss of one training batch, with the module in the modes its user set.
-
-    Only the first evaluation may update running statistics (``update_statistics``); every later one uses the
-    same random masks and leaves the statistics alone. ``output`` is the module's output at the first one.
-    """
-
-    statistics = "batch"
-
-    def __init__(
-        self,
-        module: nn.Module,
-        criterion: Callable[[Any, Any], Tensor],
-        batch: tuple[Any, Any],
-        *,
-        update_statistics: bool = True,
-        engine: Engine | str = "loop",
-    ):
-        super().__init__(module, criterion, engine)
-        self.x, self.y = batch
-        self.batch_size: int = batch_size(self.x)
-        self.update_statistics = update_statistics
-        self._output_kept: Any = None
-        self._parts: list[TrainingObjective] = []
-        self._random: dict[torch.device, Tensor] | None = None
-
-    @property
-    def output(self) -> Any:
-        """The module's output at the first evaluation, of all chunks where the batch was cut; None before it."""
-        if self._parts and self._output_kept is None:
-            outputs = [part.output for part in self._parts]
-            if any(output is None for output in outputs):
-                return None
-            return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
-        return self._output_kept
-
-    def parts(self, n: int) -> list[AbstractObjective]:
-        if n > self.batch_size:
-            raise InputError(f"{n} chunks of a batch of {self.batch_size}; expected at most one chunk per example")
-        bounds = [len(rows) for rows in torch.arange(self.batch_size).tensor_split(n)]
-
-        def cut(a: Any) -> list[Any]:
-            per_example = isinstance(a, Tensor) and a.ndim and len(a) == self.batch_size
-            return list(a.split(bounds)) if per_example else [a] * n
-
-        (x, x_tree), (y, y_tree) = tree_flatten(self.x), tree_flatten(self.y)
-        xs, ys = (list(zip(*map(cut, leaves), strict=True)) for leaves in (x, y))
-        self._parts = []
-        for i, size in enumerate(bounds):
-            part = copy.copy(self)
-            part.x, part.y = tree_unflatten(xs[i], x_tree), tree_unflatten(ys[i], y_tree)
-            part.batch_size, part.evaluations = size, Counter()
-            part._output_kept, part._random, part._parts = None, None, []
-            self._parts.append(part)
-        return list(self._parts)
-
-    def _terms(self) -> Iterator[Term]:
-        yield Term(1.0, self._evaluate)
-
-    def _evaluate(self, params: Params) -> Tensor:
-        if self._random is None:
-            before = _random_states(params)
-            with nullcontext() if self.update_statistics else frozen_statistics(self.module):
-                loss = self._loss(params, self.x, self.y, keep=lambda out: setattr(self, "_output_kept", out))
-            # a pass that drew nothing needs no masks remade
-            self._random = before if _differ(before, _random_states(params)) else {}
-            return loss
-        current = _random_states(params) if self._random else {}
-        try:
-            _restore(self._random)
-            with frozen_statistics(self.module):
-                return self._loss(params, self.x, self.y)
-        finally:
-            _restore(current)
-
-
 def _equal(a: Any, b: Any) -> bool:
     """Whether two batches hold the same tensors."""
     one, two = (tree_flatten(x)[0] for x in (a, b))
@@ -302,7 +245,7 @@ def _equal(a: Any, b: Any) -> bool:
     return tensors and all(torch.equal(x, y) for x, y in zip(one, two, strict=True) if isinstance(x, Tensor))
 
 
-def _random_states(params: Params) -> dict[torch.device, Tensor]:
+def random_states(params: Params) -> dict[torch.device, Tensor]:
     """The global random states that layers on the parameters' devices draw from."""
     states = {torch.device("cpu"): torch.get_rng_state()}
     for device in {v.device for v in params.values()}:
@@ -311,11 +254,13 @@ def _random_states(params: Params) -> dict[torch.device, Tensor]:
     return states
 
 
-def _differ(before: dict[torch.device, Tensor], after: dict[torch.device, Tensor]) -> bool:
+def differ(before: dict[torch.device, Tensor], after: dict[torch.device, Tensor]) -> bool:
+    """Whether something drew from the global random states in between."""
     return any(not torch.equal(state, after[device]) for device, state in before.items())
 
 
-def _restore(states: dict[torch.device, Tensor]) -> None:
+def restore(states: dict[torch.device, Tensor]) -> None:
+    """Make these the global random states."""
     for device, state in states.items():
         if device.type == "cuda":
             torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,220 @@
+"""What several ranks do at once in ``test_distributed.py``, each in a process of its own, and one process for comparison.
+
+A piece of work is a function of the ranks that gives tensors; one process gives what all of them should.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from helpers import bn_conv, cross_entropy, examples
+from torch import Tensor, nn
+
+from bnsharp import Objective, measures, parameters, scale_groups
+from bnsharp import params as P
+from bnsharp.distributed import SINGLE, Ranks, joined
+from bnsharp.objective import ModuleObjective
+from bnsharp.synchronised import synchronised
+
+Work = Callable[[Ranks], dict[str, Any]]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What ``torchrun`` sets."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}
+
+
+def together(folder: Path, *work: Work, count: int = 2) -> list[dict[str, Any]]:
+    """Results of some pieces of work on every rank, by their names: one launch."""
+    mp.spawn(_process, (count, free_port(), str(folder), work), nprocs=count)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def _process(rank: int, count: int, port: int, folder: str, work: tuple[Work, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment(rank, count, port))
+    with joined() as ranks:
+        torch.save({w.__name__: w(ranks) for w in work}, Path(folder) / f"{rank}.pt")
+
+
+# ---------------------------------------------------------------- exchanges
+
+
+def exchanges(ranks: Ranks) -> dict[str, Any]:
+    """Every kind of exchange once."""
+    i = ranks.index
+    mixed = {"single": torch.full((2,), 1.0 + i), "double": torch.full((3,), 10.0 * (1 + i), dtype=torch.float64)}
+    point = P.make({"a": torch.tensor([1.0 + i, 2.0]), "n": torch.tensor(7)})
+    equal, other = torch.tensor([float("inf"), 0.1]), torch.tensor([1.0, 2.0 + i])
+    ranks.unify_([equal, other, torch.tensor([i])])
+
+    def bad() -> int:
+        from bnsharp.errors import InputError
+
+        raise InputError("said by rank 0 alone")
+
+    told = ""
+    try:
+        ranks.from_first(bad)
+    except ValueError as error:
+        told = f"{type(error).__name__}: {error}"
+    generator = torch.Generator().manual_seed(3)
+    own = torch.randn(2, generator=ranks.own(generator))
+    x, y = examples(7)
+    part = ranks.share(({"x": x, "scale": torch.ones(2)}, y))
+    drift = ""
+    try:
+        ranks.check_equal(P.make({"a": torch.tensor(1.0 + i * 1e-7)}), "here")
+    except RuntimeError as error:
+        drift = str(error)
+    ranks.check_equal(P.make({"a": torch.tensor(1.0)}), "here")
+    return {
+        "mean": ranks.mean(mixed, weight=1.0 + 2 * i), "point": dict(ranks.mean(point, 1.0 + 2 * i).items()),
+        "gather": ranks.gather(2.0 * i), "any": [ranks.any(i == 1), ranks.any(False)], "unified": [equal, other],
+        "first": ranks.from_first(lambda: {"rank": i, "t": torch.ones(2)}), "then": ranks.first_then_all(lambda: i),
+        "told": told, "own": own, "common": torch.randn(2, generator=generator), "part": part,
+        "whole": ranks.whole(part), "drift": drift,
+    }
+
+
+# ---------------------------------------------------------------- batch normalization
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.BatchNorm1d(3), (7, 3)),
+    "1d, sequences": (lambda: nn.BatchNorm1d(3, momentum=None), (5, 3, 4)),
+    "2d": (lambda: nn.BatchNorm2d(2, momentum=0.3), (5, 2, 3, 2)),
+    "3d, not affine": (lambda: nn.BatchNorm3d(2, affine=False), (4, 2, 2, 1, 3)),
+    "2d, untracked": (lambda: nn.BatchNorm2d(2, track_running_stats=False), (5, 2, 2, 2)),
+    "synchronised already": (lambda: nn.SyncBatchNorm(3, eps=1e-2), (7, 3, 2)),
+}
+"""A layer and the shape of its whole batch."""
+
+
+def normalised(ranks: Ranks) -> dict[str, Any]:
+    """Outputs, first and second derivatives and running statistics of every layer."""
+    return {name: _layer(make, shape, ranks) for name, (make, shape) in LAYERS.items()}
+
+
+def _layer(make: Callable[[], nn.Module], shape: tuple[int, ...], ranks: Ranks) -> dict[str, Any]:
+    torch.manual_seed(1)
+    layer = make().double()
+    if ranks.count == 1 and isinstance(layer, nn.SyncBatchNorm):  # refuses the CPU: its plain twin
+        layer = nn.BatchNorm1d(3, eps=1e-2).double()
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    x = 3 + torch.randn(shape, dtype=torch.float64)
+    target, v = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    own_x, own_target, own_v = ranks.share((x, target, v))
+    own_x.requires_grad_()
+    theta = P.make(dict(layer.named_parameters()))
+    before = dict(layer.__dict__)
+    with synchronised(layer, ranks):
+        for _ in range(2):
+            held = ranks.spread(theta)
+            y = torch.func.functional_call(layer, dict(held.items()), own_x)
+            value = ranks.sum((y.sin() * own_target).sum())
+        inputs = [own_x, *layer.parameters()]
+        first = torch.autograd.grad(value, inputs, create_graph=True)
+        inner = ranks.sum((first[0] * own_v).sum())
+        second = torch.autograd.grad(inner, inputs)
+    assert layer.__dict__ == before
+    first, second = ([ranks.whole(g[0]), *(a.detach() for a in g[1:])] for g in (first, second))
+    return {"value": value.detach(), "y": ranks.whole(y.detach()), "first": first, "second": second,
+            "buffers": {k: b.clone() for k, b in layer.named_buffers()}}
+
+
+# ---------------------------------------------------------------- objectives and measures
+
+
+def deep(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(2)
+    net = bn_conv(2)
+    net.insert(3, nn.Conv2d(4, 4, 3))
+    net.insert(4, nn.BatchNorm2d(4))
+    net.insert(5, nn.Tanh())  # smooth: losses have the second derivatives that the measures are about
+    return net.to(dtype)
+
+
+def objective(ranks: Ranks, dtype: torch.dtype = torch.float64, engine: str = "loop") -> Objective:
+    """Two unequal batches."""
+    batches = [examples(n, (2, 6, 6), seed, dtype) for n, seed in ((9, 1), (6, 2))]
+    return Objective(deep(dtype), cross_entropy, [ranks.share(b) for b in batches], ranks=ranks, engine=engine)
+
+
+def evaluations(ranks: Ranks) -> dict[str, Any]:
+    """Losses, gradients, Hessian products and values of each batch."""
+    result: dict[str, Any] = {}
+    for engine in ("loop", "vmap"):
+        made = objective(ranks, engine=engine)
+        theta = parameters(made.module)
+        v = P.pmap(lambda p: torch.cos(torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape), theta)
+        points = [theta, P.shift(theta, v, 0.01), P.shift(theta, v, -0.1)]
+        value, gradient = made.value_and_grad(theta)
+        values, gradients = made.many_value_and_grad(points)
+        leaves = P.pmap(lambda p: p.clone().requires_grad_(), theta)
+        loss = made(leaves)
+        user = torch.autograd.grad(loss, list(leaves.values()))
+        result[engine] = {
+            "loss": loss.detach(), "value": value, "gradient": flat(gradient), "values": values,
+            "gradients": {k: g for k, g in gradients.items()}, "losses": made.many(points).detach(),
+            "by batch": [a.detach() for a in made.many_by_batch(points)], "hessian": flat(made.hessian(theta)(v)),
+            "user's": torch.cat([g.reshape(-1) for g in user]),
+            "weighted": {k: g for k, g in made.weighted_gradients(points, values.new_tensor([[1.0, -2.0, 1.0]])).items()},
+        }
+        result[engine]["seen"] = torch.tensor([made.batches_seen, made.examples or 0, made.batch_size or 0])
+    return result
+
+
+def flat(x: Any) -> Tensor:
+    return P.flatten(x).detach()
+
+
+def measured(ranks: Ranks) -> dict[str, Any]:
+    """Measures with their errors over batches, and penalties with their gradients."""
+    result: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float64):
+        made = objective(ranks, dtype)
+        net, theta = made.module, parameters(made.module)
+        groups = scale_groups(net, examples(8, (2, 6, 6), 5, dtype)[0])
+        chosen = {
+            "bn_sharpness": measures.bn_sharpness(groups, delta=0.05, steps=3), "gaussian": measures.gaussian(sigma=0.05, draws=5),
+            "hessian_trace": measures.hessian_trace(draws=4), "hessian_top": measures.hessian_top(iterations=15),
+            "fisher_rao": measures.fisher_rao(),
+        }
+        for name, measure in chosen.items():
+            estimate = measure(made, theta)
+            values = [estimate.value, estimate.stderr, estimate.stderr_data or 0.0]
+            result[f"{name}, {dtype}"] = torch.tensor(values, dtype=torch.float64)
+        leaves = P.pmap(lambda p: p.clone().requires_grad_(), theta)
+        for name in ("bn_sharpness", "gaussian", "fisher_rao"):
+            penalty = chosen[name].penalty(made, leaves)
+            grads = torch.autograd.grad(penalty, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            result[f"penalty of {name}, {dtype}"] = torch.cat([penalty.detach()[None], *(g.reshape(-1) for g in grads)])
+    return result
+
+
+def uneven(ranks: Ranks) -> dict[str, Any]:
+    """Ranks with different numbers of batches: the same line on all."""
+    batches = [examples(8, (2, 6, 6)), examples(6, (2, 6, 6))]
+    made = Objective(deep(torch.float32), cross_entropy, [ranks.share(b) for b in batches[: 2 - ranks.index]], ranks=ranks)
+    try:
+        made(parameters(made.module))
+    except ValueError as error:
+        return {"told": str(error)}
+    return {}
+
+
+__all__ = ["SINGLE", "ModuleObjective"]
