@@ -32,7 +32,8 @@ from bnsharp.types import Params
 
 __all__ = [
     "AnyBall", "BoxBall", "Constant", "Elementwise", "Euclidean", "Filters", "Frame", "Geometry", "GroupBall",
-    "GroupNorms", "Groups", "Groupwise", "JointBall", "LinearMap", "Magnitude", "PartitionBall", "Scale", "Together",
+    "GroupNorms", "Groups", "Groupwise", "JointBall", "LinearMap", "Magnitude", "Matrices", "PartitionBall", "Scale",
+    "Together",
 ]
 
 # ---------------------------------------------------------------- scales
@@ -79,6 +80,17 @@ class Magnitude:
 
     def __call__(self, params: Params) -> Params:
         return P.pmap(lambda p: self.radius * (p.abs() + self.eta), params)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Another scale, and 0 on parameters of fewer than two dimensions: biases, normalizers' own parameters."""
+
+    scale: Scale
+
+    def __call__(self, params: Params) -> Params:
+        scale = self.scale(params)
+        return P.make({k: s if params[k].ndim >= 2 else torch.zeros_like(s) for k, s in scale.items()})
 
 
 class Scale(Protocol):

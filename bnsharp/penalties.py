@@ -194,12 +194,12 @@ class Penalty:
 class Averaged:
     """``∇L(θ + δ v)``, v the steepest direction of an average of past gradients: **one** gradient per step.
 
-    This is the two-point penalty at ``c = λκ = 1`` with ``sign(a) = +1`` and the direction of the average instead of the
-    gradient's. The average ``m ← β m + (1−β) ∇L(θ+δv)`` collects what is evaluated anyway; at the first step it is empty
-    and the gradient at θ is taken. The loss reported is ``L(θ+δv)``; penalty and ratio are not known (NaN).
+    This is the two-point penalty at ``c = λκ = 1`` with ``sign(a) = +1`` and the direction of the average instead of
+    the gradient's. The average ``m ← β m + (1−β) ∇L(θ+δv)`` collects what is evaluated anyway; at the first step it is
+    empty and the gradient at θ is taken. The loss reported is ``L(θ+δv)``; penalty and ratio are not known (NaN).
 
-    ``descent`` puts v on the side that the step goes to, as momentum-SAM does (Becker et al. 2024, arXiv:2401.12033, where
-    β is the optimizer's momentum: both averages point in one direction).
+    ``descent`` puts v on the side that the step goes to, as momentum-SAM does (Becker et al. 2024, arXiv:2401.12033,
+    where β is the optimizer's momentum: both averages point in one direction).
 
     Args:
         measure: its geometry and the two-point form of its profile; directions ``Ascend(0)``.
@@ -220,8 +220,8 @@ class Averaged:
         self.measure.profile.secant()
         if self.measure.directions != Ascend(0):
             raise InputError(
-                f"directions={self.measure.directions}; expected Ascend(0): with one gradient per step there is nothing "
-                "to search with"
+                f"directions={self.measure.directions}; expected Ascend(0): with one gradient per step there is "
+                "nothing to search with"
             )
 
     def init(self, params: Params) -> State:

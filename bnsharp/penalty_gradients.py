@@ -54,7 +54,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Slope:
-    """``S`` and ``∇S`` as one of :data:`GRADIENTS` gives them; ``u`` is the sharpest direction, None if many are drawn."""
+    """``S`` and ``∇S``; ``u`` is the sharpest direction, None where directions are drawn on demand."""
 
     value: Tensor
     gradient: Params

@@ -84,7 +84,12 @@ def gsam(*, rho: float = 0.05, alpha: float = 0.4) -> SurrogateGap:
     return SurrogateGap(sam(rho=rho), alpha)
 
 
-def msam(*, rho: float = 0.3, momentum: float = 0.9) -> Averaged:
-    """Momentum-SAM: ``∇L(θ − ρ m/‖m‖)``, m SGD's momentum of past gradients: one gradient (Becker et al. 2024)."""
+def msam(*, rho: float = 0.3, momentum: float = 0.9) -> Regularizer:
+    """Momentum-SAM: ``∇L(θ − ρ m/‖m‖)``, m SGD's momentum of past gradients: one gradient (Becker et al. 2024).
+
+    ρ = 0 is the plain loss.
+    """
+    if rho == 0:
+        return Plain()
     positive("rho", rho)
     return Averaged(_worst(Euclidean(rho)), momentum, descent=True)

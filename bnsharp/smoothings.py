@@ -41,8 +41,9 @@ class Smoothing:
 
     The perturbations are drawn anew at each step and held while differentiating; ``moving`` differentiates
     ``v = s(θ) ⊙ u`` as well, which makes the gradient that of the smoothed loss also where the scale depends on θ. One
-    gradient per direction, all of them held at once. The loss reported is the smoothed one: ``L(θ)`` is never evaluated,
-    so that penalty and ratio are not known (NaN). Running statistics are those of the first perturbed network.
+    gradient per direction, all of them held at once. The loss reported is the smoothed one: ``L(θ)`` is never
+    evaluated, so that penalty and ratio are not known (NaN). Running statistics are those of the first perturbed
+    network.
 
     Args:
         measure: geometry, directions, ``Rise()`` and a reduction under which adding a constant to all values adds it to

@@ -43,8 +43,8 @@ class Chunked:
     """The batch cut into chunks, each with its own step of ``inner``; gradients averaged (m-SAM, Foret et al. 2021).
 
     Chunks are consecutive and differ by at most one example; each is normalized with its own batch statistics and
-    updates running statistics once. Every chunk starts from the same state, and the states after it are averaged: this is
-    what as many processes with local directions do.
+    updates running statistics once. Every chunk starts from the same state, and the states after it are averaged: this
+    is what as many processes with local directions do.
 
     Raises:
         InputError: fewer examples than chunks.
@@ -94,8 +94,8 @@ class Chunked:
 class Look:
     """A step of ``inner`` every k steps, its correction used again in between (LookSAM, Liu et al. 2022).
 
-    With g the loss's gradient and g' the inner step's, every k-th step descends g' and keeps ``v = g' − proj_g g'``; the
-    others descend ``g + α ‖g‖ v/‖v‖``. Norms and projections are over all parameters jointly. k = 1 is ``inner``.
+    With g the loss's gradient and g' the inner step's, every k-th step descends g' and keeps ``v = g' − proj_g g'``;
+    the others descend ``g + α ‖g‖ v/‖v‖``. Norms and projections are over all parameters jointly. k = 1 is ``inner``.
 
     Args:
         inner: a regulariser that computes ``∇L(θ)`` in its step, as penalties do.
@@ -139,7 +139,7 @@ class Look:
 
 @dataclass(frozen=True)
 class SurrogateGap:
-    """``g' − α (g − proj_{g'} g)``: the inner step, minus what of g it leaves across (GSAM, Zhuang et al. 2022, alg. 1).
+    """``g' − α (g − proj_{g'} g)``: the inner step, less what of g lies across it (GSAM, Zhuang et al. 2022, alg. 1).
 
     g is the loss's gradient, g' the inner step's. α = 0 is ``inner``.
 

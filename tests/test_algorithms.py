@@ -9,19 +9,17 @@ import pytest
 import torch
 from helpers import bn_mlp, cross_entropy, examples, one_line
 
-from bnsharp import Objective, parameters, scale_groups
+from bnsharp import parameters, scale_groups
 from bnsharp import params as P
 from bnsharp.algorithms import FAMILIES, algorithm, find, options_of
 from bnsharp.errors import InputError
-from bnsharp.regularizers import Penalty, Plain
+from bnsharp.regularizers import Penalty, Plain, Warm
+from bnsharp.training_objective import TrainingObjective
 
 NET = bn_mlp()
 X, Y = examples(8)
 GROUPS = scale_groups(NET, X)
-NAMES = {
-    "sgd": "sgd", "sam": "sam", "sgds-N": "sgds-2", "sgds-N-paper-lambda": "sgds-2-paper-lambda",
-    "sgds-N-paper-delta": "sgds-2-paper-delta",
-}
+NAMES = {family: family.replace("-N", "-2").replace("MEASURE", "gaussian") for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -29,14 +27,18 @@ def test_every_family_builds_with_its_defaults_and_takes_a_step(family):
     name = NAMES[family]
     built = algorithm(name, GROUPS)
     assert built.name == name and find(name)[0] is FAMILIES[family]
-    assert built.options == options_of(FAMILIES[family])
-    objectives = [Objective(NET, cross_entropy, (X, Y)) for _ in range(1 + built.other_batches)]
+    assert built.options == options_of(*map_first(find(name)))
+    batches = [(X.roll(i, 0), Y.roll(i, 0)) for i in range(1 + built.other_batches)]
+    objectives = [TrainingObjective(NET, cross_entropy, batch) for batch in batches]
     regularizer, params = built.regularizer(0), parameters(NET)
     step = regularizer.step(
         objectives, params, weight=built.weight(0), state=regularizer.init(params),
         generator=torch.Generator().manual_seed(0),
     )
-    assert bool((step.loss + step.penalty + step.ratio + P.norm(step.gradient)).isfinite())
+    assert bool((step.loss + P.norm(step.gradient)).isfinite()) and step.evaluations >= 1
+    for value in (step.penalty, step.ratio):
+        assert value.ndim == 0 and (value.isnan() or value.isfinite())
+    assert all(isinstance(v, torch.Tensor) for v in step.state.values())
     assert FAMILIES[family].summary and FAMILIES[family].source
 
 
@@ -48,6 +50,11 @@ def test_groups_are_needed_where_the_family_says_so(family):
         assert "scale_groups" in one_line(caught.value)
     else:
         algorithm(NAMES[family])
+
+
+def map_first(found: Any) -> tuple[Any, ...]:
+    """``(family, (matched, …))`` as arguments of ``options_of``."""
+    return (found[0], *found[1])
 
 
 def penalty(name: str, epoch: int = 0, **options: Any) -> Penalty:
@@ -68,7 +75,7 @@ def test_sam_has_its_radius():
 
 @pytest.mark.parametrize("steps", [0, 1, 12])
 def test_the_number_in_the_name_is_the_number_of_search_steps(steps):
-    for name in (f"sgds-{steps}", f"sgds-{steps}-paper-lambda", f"sgds-{steps}-paper-delta"):
+    for name in (f"sgds-{steps}", f"sgds-{steps}-effective", f"sgds-{steps}-paper-lambda", f"sgds-{steps}-paper-delta"):
         assert penalty(name).measure.directions.steps == steps
 
 
@@ -111,10 +118,12 @@ def test_options_arrive_and_are_recorded():
     options = {
         "delta": 0.02, "delta_growth": 1.1, "p": 3.0, "weight": 0.7, "weight_growth": 0.9, "gradient": "central",
         "clip": 0.5, "rest": "joint", "rule": "riemannian", "coordinates": "ambient", "nodes": 4,
-        "independent_batch": True,
+        "independent_batch": True, "warm": False, "reuse_direction": 1,
     }
     built = algorithm("sgds-4", GROUPS, **options)
     assert set(options) == set(built.options) and built.options == options
+    warm = algorithm("sgds-4", GROUPS, warm=True, reuse_direction=3).regularizer(0)
+    assert isinstance(warm, Penalty) and warm.start == Warm() and warm.reuse == 3
     made = built.regularizer(2)
     line, search = made.measure.profile, made.measure.directions
     assert line.secant()[1] == pytest.approx(0.02 * 1.1**2, rel=1e-12)

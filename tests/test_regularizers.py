@@ -22,7 +22,7 @@ from bnsharp import params as P
 from bnsharp.directions import Ascend
 from bnsharp.geometry import Euclidean
 from bnsharp.laws import Uniform
-from bnsharp.measures import Measure, bn_sharpness, gaussian, hessian_trace
+from bnsharp.measures import Measure, bn_sharpness, fisher_rao, gaussian, hessian_trace
 from bnsharp.profiles import Line
 from bnsharp.reduce import Maximum
 from bnsharp.regularizers import Penalty, Plain, asam, sam
@@ -181,6 +181,22 @@ def test_curvature_penalty_against_differences() -> None:
 
         slope = oracles.central_difference(at, 1e-4)
         flat = oracles.flatten(r)
+        assert float(flat @ d) == pytest.approx(slope, rel=1e-4, abs=1e-5 * float(flat.norm()))
+
+
+def test_the_penalty_of_a_norm_along_theta_moves_with_it() -> None:
+    """Fisher–Rao: v = θ, so that v is differentiated too."""
+    p = problem("mlp", "softplus", seed=7)
+    value, r = Penalty(fisher_rao(), gradient="exact").penalty(p.objective(), p.params)
+    theta, flat = oracles.flatten(p.params), oracles.flatten(r)
+    assert value.item() == pytest.approx(fisher_rao()(p.objective(), p.params).value)
+    for seed in range(3):
+        d = torch.randn(len(theta), generator=seeded(seed), dtype=theta.dtype)
+
+        def at(h: float, d: Tensor = d) -> float:
+            return fisher_rao()(p.objective(), oracles.to_params(theta + h * d, p.params)).value
+
+        slope = oracles.central_difference(at, 1e-4)
         assert float(flat @ d) == pytest.approx(slope, rel=1e-4, abs=1e-5 * float(flat.norm()))
 
 
