@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LOG_EVERY = 10.0
 """Seconds between two lines of a plain log."""
@@ -47,17 +50,48 @@ def progress(label: str, total: int, unit: str = "steps") -> Iterator[Bar]:
         finally:
             log.close()
         return
+    bar, handle = _bar(label, total, unit, err)
+    with bar:
+        yield handle
+
+
+def _bar(label: str, total: int, unit: str, err: Console) -> tuple[Progress, Bar]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
         TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(label, total=total or None, note="")
-        yield Bar(
-            lambda n: bar.reset(task, total=n or None),
-            lambda n: bar.advance(task, n),
-            lambda text: bar.update(task, note=text),
-        )
+    bar = Progress(*columns, console=err, transient=True)
+    task = bar.add_task(escape(label), total=total or None, note="")
+    return bar, Bar(
+        lambda n: bar.reset(task, total=n or None),
+        lambda n: bar.advance(task, n),
+        lambda text: bar.update(task, note=escape(text)),
+    )
+
+
+class Dashboard:
+    """A training run on the screen: its bar, and below it the numbers of the last finished epoch."""
+
+    def __init__(self, bar: Bar, show: Callable[[Mapping[str, str]], None]):
+        self.bar, self.show = bar, show
+
+
+@contextmanager
+def dashboard(label: str, total: int) -> Iterator[Dashboard]:
+    """Live on a terminal, with ETA; elsewhere a line at most every ten seconds that ends with the numbers."""
+    err = Console(stderr=True)
+    if not err.is_terminal:
+        with progress(label, total) as bar:
+            yield Dashboard(bar, lambda numbers: bar.note(", ".join(f"{k} {v}" for k, v in numbers.items())))
+        return
+    drawn, bar = _bar(label, total, "steps", err)
+    with Live(Group(drawn), console=err, transient=True, refresh_per_second=8) as live:
+
+        def show(numbers: Mapping[str, str]) -> None:
+            cells = [Text.assemble((f"{k} ", "dim"), v) for k, v in numbers.items()]
+            live.update(Group(drawn, Columns(cells, padding=(0, 3))))
+
+        yield Dashboard(bar, show)
 
 
 class _PlainLog:

@@ -29,7 +29,11 @@ def listing(
         "algorithms": [
             (n, f.summary, _options(algorithms.options_of(f)), f.source) for n, f in algorithms.FAMILIES.items()
         ],
-        "models": [(n, s.summary, _options(s.options), s.source) for n, s in models.MODELS.items()],
+        "models": [
+            *((n, s.summary, _options(s.options), s.source) for n, s in models.MODELS.items()),
+            ("torchvision:NAME", "a classifier of torchvision, untrained", "those of its constructor", ""),
+            ("timm:NAME", "a network of timm (the extra timm), untrained", "those of its constructor", ""),
+        ],
         "data": [
             *((n, s.summary, "", s.source) for n, s in data.DATASETS.items()),
             ("FOLDER", "any folder with train/CLASS/* and test/CLASS/* images", "", ""),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,35 +13,44 @@ import torch
 from torch import Tensor, nn
 
 import bnsharp
-from bnsharp import schedules
 from bnsharp.algorithms import Algorithm, algorithm, find
 from bnsharp.checkpoint import SUMMARY, RunFolder
 from bnsharp.checkpoint import load as load_checkpoint
 from bnsharp.checks import flag, unknown, whole
 from bnsharp.data import ImageData, epoch_indices, load
 from bnsharp.errors import InputError
+from bnsharp.experiments import recipe, recording, tracking
 from bnsharp.experiments.config import DATA_OPTIONS, RunConfig
+from bnsharp.experiments.networks import network
+from bnsharp.experiments.recipe import criterion
 from bnsharp.groups import ScaleGroups, scale_groups
-from bnsharp.models import build
-from bnsharp.objective import Objective, TrainingObjective
+from bnsharp.objective import Objective
 from bnsharp.params import parameters
-from bnsharp.trainer import Result, Trainer, evaluate
+from bnsharp.trainer import Evaluation, Result, Trainer
+from bnsharp.training_objective import TrainingObjective
 
-criterion = nn.functional.cross_entropy
 MAY_DIFFER = ("versions", "threads", "checkpoint_every", "checkpoint_steps")
 """What a resumed run may change: none of it is meant to change the numbers."""
-EVALUATION_BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a configuration stands for."""
+    """What a configuration stands for.
+
+    Attributes:
+        place: brings a batch of images into the network's memory format.
+        evaluations: what is evaluated after each epoch.
+        tracked: measures taken along training, if any.
+    """
 
     config: RunConfig
     data: ImageData
     module: nn.Module
     groups: ScaleGroups
     algorithm: Algorithm
+    place: Callable[[Tensor], Tensor]
+    evaluations: dict[str, Evaluation]
+    tracked: tracking.Tracked | None
 
 
 def versions() -> dict[str, str]:
@@ -87,15 +97,43 @@ def prepare(config: RunConfig, data: ImageData | None = None,
             progress: Callable[[int, int], None] | None = None) -> Prepared:
     """Build everything; bad names and options are told before anything is written."""
     find(config.algorithm)
+    make, _ = network(config.model), tracking.tracked_options(config)
     if "seed" in config.model_options:
         raise InputError(f"model_options.seed={config.model_options['seed']!r}; expected the run's own: set seed")
     data = load_data(config, progress) if data is None else data
-    module = build(config.model, data.input_shape, len(data.classes), seed=config.seed, **config.model_options)
-    module.to(device_of(config))
-    groups = scale_groups(module, probe_batch(data))
-    prepared = Prepared(config, data, module, groups, algorithm(config.algorithm, groups, **config.algorithm_options))
-    _try_batch(prepared)
+    module = make(data, config.seed, config.model_options).to(device_of(config))
+    place = recipe.memory_format(config, module)
+    with _taking(config, data):
+        groups = scale_groups(module, probe_batch(data))
+    prepared = Prepared(
+        config, data, module, groups, algorithm(config.algorithm, groups, **config.algorithm_options), place,
+        recipe.evaluations(config, module, data, place), tracking.tracker(config, groups, data, _tracked_objective),
+    )
+    with _taking(config, data):
+        _try_batch(prepared)
+    if prepared.tracked is not None:
+        prepared.tracked.objective(module)  # as many examples as asked for
+        prepared.tracked.attempt(module, _tracked_objective(module, data, min(tracking.TRIED, len(data.train_labels))))
     return prepared
+
+
+@contextmanager
+def _taking(config: RunConfig, data: ImageData) -> Iterator[None]:
+    """A network that is not ours refuses inputs, or gives other outputs than logits, in any way: one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise InputError(
+            f"{config.model} cannot be trained on {data.name}, images {data.input_shape} in {len(data.classes)} classes"
+            f" ({reason}); expected a classifier of such images: choose another, or resize them by image_size"
+        ) from error
+
+
+def _tracked_objective(module: nn.Module, data: ImageData, n: int) -> Objective:
+    return objective_of(module, data, n, batch_size=MEASURED_AT_ONCE)
 
 
 def _try_batch(prepared: Prepared) -> None:
@@ -105,43 +143,13 @@ def _try_batch(prepared: Prepared) -> None:
     if config.batch_size > n:
         raise InputError(f"batch_size={config.batch_size}; expected at most {n}, the number of training examples")
     was_training = prepared.module.training
+    x, y = data.train_set(config.batch_size)
     objective = TrainingObjective(
-        prepared.module.train(), criterion, data.train_set(config.batch_size), update_statistics=False
+        prepared.module.train(), recipe.training_criterion(config), (prepared.place(x), y), update_statistics=False
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         objective(parameters(prepared.module))
     prepared.module.train(was_training)
-
-
-def _optimizer(config: RunConfig) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
-    kind = getattr(torch.optim, config.optimizer, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise InputError(f"optimizer={config.optimizer!r}; expected the name of a torch.optim optimizer: SGD, AdamW, …")
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, **config.optimizer_options}
-    if "momentum" in kind.__init__.__code__.co_varnames:
-        options.setdefault("momentum", config.momentum)
-
-    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        try:
-            return kind(parameters, **options)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"optimizer {config.optimizer} with {options}: {error}") from error
-
-    return make
-
-
-def _schedule(config: RunConfig, steps_per_epoch: int) -> schedules.Schedule:
-    makers: dict[str, Callable[[], schedules.Schedule]] = {
-        "constant": schedules.constant,
-        "multistep": lambda: schedules.multistep(config.milestones, config.gamma, steps_per_epoch),
-        "cosine": lambda: schedules.cosine(config.epochs * steps_per_epoch),
-    }
-    return makers[config.schedule]()
-
-
-def batches(x: Tensor, y: Tensor, size: int = EVALUATION_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-    """Consecutive batches."""
-    yield from zip(x.split(size), y.split(size), strict=True)
 
 
 def trainer(
@@ -158,18 +166,20 @@ def trainer(
 
     def epoch(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in epoch_indices(n, config.batch_size, generator):
-            yield data.train_batch(indices, generator)
+            x, y = data.train_batch(indices, generator)
+            yield prepared.place(x), y
 
-    test = data.test_set()
     return Trainer(
-        prepared.module, criterion, epoch,
-        optimizer=_optimizer(config),
+        prepared.module, recipe.training_criterion(config), epoch,
+        optimizer=recipe.optimizer(config),
         regularizer=prepared.algorithm.regularizer,
         weight=prepared.algorithm.weight,
         other_batches=prepared.algorithm.other_batches,
-        schedule=_schedule(config, steps_per_epoch(prepared)),
-        epochs=config.epochs,
-        evaluations={"test": lambda module: evaluate(module, criterion, batches(*test))},
+        schedule=recipe.schedule(config, steps_per_epoch(prepared)),
+        epochs=config.epochs, max_norm=config.max_norm,
+        evaluations=prepared.evaluations, averages=recipe.averages(config),
+        trackers={} if prepared.tracked is None else {"measures": prepared.tracked},
+        track_every=config.track_every or 1,
         seed=config.seed, folder=folder, checkpoint_every=config.checkpoint_every,
         checkpoint_steps=config.checkpoint_steps, resume=resume,
         engine=config.engine, on_step=on_step, on_epoch=on_epoch,
@@ -185,6 +195,10 @@ def stored_config(prepared: Prepared) -> dict[str, Any]:
     """What ``config.json`` holds: the configuration with every default, the algorithm's options, and the versions."""
     config = prepared.config.model_dump()
     config["algorithm_options"] = prepared.algorithm.options
+    if prepared.tracked is not None:
+        config["track_every"] = prepared.config.track_every or 1
+        config["track_examples"] = tracking.tracked_examples(prepared.config, prepared.data)
+        config["track_options"] = tracking.tracked_options(prepared.config)
     config["threads"] = torch.get_num_threads() if config["threads"] is None else config["threads"]
     return {**config, "versions": versions()}
 
@@ -214,18 +228,28 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     folder.check_free(overwrite=overwrite or resume)
+    scalars = recording.Scalars() if config.tensorboard else None
     prepared = prepare(config, data, progress)
-    run = trainer(prepared, resume=resume, on_step=on_step, on_epoch=on_epoch)
+
+    def finished(record: dict[str, Any]) -> None:
+        if scalars is not None:
+            scalars.write(folder.path, record)
+        if on_epoch is not None:
+            on_epoch(record)
+
+    run = trainer(prepared, resume=resume, on_step=on_step, on_epoch=finished)
     stored = stored_config(prepared)
     with folder.locked():
         if resume:
             folder.go_on(stored, MAY_DIFFER)
         else:
             folder.start(stored, overwrite=overwrite)
+            recording.clear(folder.path)
         run.folder = folder
         if on_start is not None:
             on_start(steps_per_epoch(prepared) * config.epochs)
-        result = run.fit()
+        with closing(scalars) if scalars is not None else nullcontext():
+            result = run.fit()
         folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
     return prepared, result
 
@@ -247,7 +271,7 @@ def read_run(path: str | Path, checkpoint: Path | None = None) -> tuple[RunConfi
     if payload is None:
         raise InputError(f"{path} holds no checkpoint yet; expected at least one finished epoch")
     data = load_data(config)
-    module = build(config.model, data.input_shape, len(data.classes), seed=config.seed, **config.model_options)
+    module = network(config.model)(data, config.seed, config.model_options)
     load_state(module, payload.get("module", payload), str(path))
     return config, module.to(device_of(config)), data
 
