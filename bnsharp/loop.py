@@ -17,7 +17,7 @@ from bnsharp.distributed import SINGLE, Ranks, average
 from bnsharp.errors import InputError
 from bnsharp.evaluation import Engine
 from bnsharp.penalties import Penalty, Regularizer
-from bnsharp.training_objective import PassOverflow, TrainingObjective, is_finite
+from bnsharp.training_objective import REENTRANT, PassOverflow, TrainingObjective, is_finite
 from bnsharp.types import Params, State, Step
 
 Batch = tuple[Any, Any]
@@ -52,8 +52,8 @@ def backward(
     Args:
         module: in the modes you train it in, also compiled or wrapped (DDP, Fabric); its parameters are not moved.
         criterion: ``(output, y) -> scalar``, the mean over the batch.
-        batch: ``(x, y)``, the loss's batch: x a tensor, a tuple (``module(*x)``) or a mapping (``module(**x)``). Only its
-            first evaluation updates running statistics, and random layers see one mask in every evaluation on it.
+        batch: ``(x, y)``, the loss's batch: x a tensor, a tuple (``module(*x)``) or a mapping (``module(**x)``). Its first
+            evaluation alone updates running statistics, and random layers see one mask in every evaluation on it.
         regularizer: any :class:`bnsharp.regularizers.Regularizer`.
         weight: λ ≥ 0.
         other_batches: fresh batches for the regulariser; without one it uses ``batch``.
@@ -62,22 +62,22 @@ def backward(
         scale: factor > 0 on what is added (``1/k`` when accumulating over k micro-batches).
         engine: how several perturbed points of one step are evaluated.
         precision: under ``torch.autocast``, what is not the loss's own evaluation runs without it (``"float32"``): in
-            bfloat16 the difference of two gradients is rounding error. Penalties then take ∇L(θ) twice, for the loss and for
-            their difference. ``"ambient"`` evaluates everything under autocast.
+            bfloat16 the difference of two gradients is rounding error. Penalties then take ∇L(θ) twice, for the loss
+            and for their difference. ``"ambient"`` evaluates everything under autocast.
         scaler: a gradient scaler for float16 autocast. ``.grad`` receives gradients times its scale, for
-            ``scaler.unscale_``, ``step`` and ``update``. If any pass overflows the step ends there: ``.grad`` is not finite,
-            so that ``scaler.step`` skips the update, and the state returned is the one passed in.
-        ranks: processes that hold parts of the batch; None is those of a ``DistributedDataParallel`` module, else this one
-            alone. ``.grad`` is the same on all of them.
-        directions: ``"synchronised"``: the step of the whole batch, with its batch statistics, as one process would take;
-            ``"local"``: each rank a step on its part, averaged (m-SAM).
+            ``scaler.unscale_``, ``step`` and ``update``. If any pass overflows the step ends there: ``.grad`` is not
+            finite, so that ``scaler.step`` skips the update, and the state returned is the one passed in.
+        ranks: processes that hold parts of the batch; None is those of a ``DistributedDataParallel`` module, else this
+            one alone. ``.grad`` is the same on all of them.
+        directions: ``"synchronised"``: the step of the whole batch, with its batch statistics, as one process would
+            take; ``"local"``: each rank a step on its part, averaged (m-SAM).
 
     Returns:
         The step: loss, penalty, gradient, gradients evaluated, state, the module's output (of this rank's part).
 
     Raises:
-        InputError: an argument out of range; a scaler without float16 autocast; a Fabric module in mixed precision outside
-            ``fabric.autocast()``; reentrant checkpointing; a loss that depends on no parameter.
+        InputError: an argument out of range; a scaler without float16 autocast; a Fabric module in mixed precision
+            outside ``fabric.autocast()``; reentrant checkpointing; a loss that depends on no parameter.
     """
     positive("scale", scale)
     one_of("precision", precision, PRECISIONS)
@@ -173,8 +173,7 @@ def _step(
     except RuntimeError as error:
         if "use_reentrant=True" not in str(error):
             raise
-        raise InputError("a layer is checkpointed with use_reentrant=True, which gives no gradients to anyone but "
-                         ".backward(); expected use_reentrant=False") from error
+        raise InputError(REENTRANT) from error
 
 
 def _add(

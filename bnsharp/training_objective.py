@@ -23,6 +23,10 @@ from bnsharp.synchronised import synchronised
 from bnsharp.types import Params, Term
 
 
+REENTRANT = ("a layer is checkpointed with use_reentrant=True, which gives gradients to .backward() alone; expected "
+             "use_reentrant=False")
+
+
 class PassOverflow(ArithmeticError):
     """A pass of a step with a gradient scaler gave a loss or a gradient that is not finite."""
 
@@ -71,7 +75,7 @@ def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def spare_statistics(module: nn.Module) -> Iterator[None]:
-    """Running statistics are copies: a forward pass repeated inside a backward pass (checkpointing) moves only those."""
+    """Running statistics are copies: a forward pass repeated inside a backward pass (checkpointing) moves these."""
     kept = [
         (m._buffers, name, b)
         for m in module.modules() if m.training and m._buffers.get("running_mean") is not None
@@ -153,6 +157,7 @@ class TrainingObjective(ModuleObjective):
         self.autocast, self.everywhere, self.gradient_scale = autocast, everywhere, gradient_scale
         self.used: set[str] = set()
         self._compiled = P.compiled(module)
+        self._trained = {k for k, p in self.module.named_parameters() if p.requires_grad}
         self._places = {} if everywhere else {k: p.data_ptr() for k, p in self.module.named_parameters()}
         self._draws = Draws() if like is None else like._draws
         self._begin()
@@ -164,6 +169,7 @@ class TrainingObjective(ModuleObjective):
         self._parts: list[TrainingObjective] = []
         self._held: ExitStack | None = None
         self._once = False
+        self._root: Any = None
 
     # ------------------------------------------------------------ the batch
 
@@ -232,6 +238,7 @@ class TrainingObjective(ModuleObjective):
             raise InputError(f"the loss of {type(self.module).__name__} depends on no parameter that requires grad; "
                              "expected one that does: is the output detached, or computed under no_grad?")
         self._note_use(params)
+        self._root = loss.grad_fn
         return loss if self.gradient_scale is None else _Scaled.apply(loss, self.gradient_scale)  # type: ignore[no-untyped-call]
 
     def _outcome(self, params: Params) -> Any:
@@ -294,14 +301,27 @@ class TrainingObjective(ModuleObjective):
             gradients = super().weighted_gradients(source, weights)
         return self._unscaled(gradients)
 
+    def hessian(self, params: Params) -> Callable[[Params], Params]:
+        product = super().hessian(params)
+        like = {k: p.detach().requires_grad_() for k, p in params.items()}
+
+        def apply(v: Params) -> Params:
+            # checkpointed layers repeat their forward pass, as it was, in each product
+            with frozen_statistics(self.module), holding(self.module, like):
+                return product(v)
+
+        return apply
+
     @contextmanager
     def _first_derivatives(self) -> Iterator[None]:
         """Within, losses are differentiated once: compiled, and scaled."""
         self._once = True
         try:
             yield
+            if len(self.used) < len(self._trained) and _has_node(self._root, "CheckpointFunctionBackward"):
+                raise InputError(REENTRANT)
         finally:
-            self._once = False
+            self._once, self._root = False, None
 
     def _pass(self, evaluate: Callable[[Term], Any]) -> Iterator[tuple[float, Any]]:
         return super()._pass(lambda term: self._finite(evaluate(term)))
@@ -324,6 +344,20 @@ class TrainingObjective(ModuleObjective):
                 self.used.add(name)
             elif name not in self.used and tensor.requires_grad:
                 tensor.register_hook(lambda d, name=name: self.used.add(name))  # type: ignore[misc]
+
+
+def _has_node(root: Any, name: str) -> bool:
+    """Whether a graph has a node of this name."""
+    seen, left = set(), [root]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == name:
+            return True
+        seen.add(node)
+        left += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def is_finite(values: Tensor | Params) -> bool:
