@@ -77,8 +77,9 @@ def _opened(
     from bnsharp.cli.display import load_progress
     from bnsharp.errors import InputError
     from bnsharp.experiments.config import parse_setting
+    from bnsharp.experiments.networks import LIBRARIES
     from bnsharp.experiments.run import probe_batch
-    from bnsharp.experiments.sources import LIBRARIES, open_source
+    from bnsharp.experiments.sources import open_source
 
     if not 4 <= examples <= 16:
         raise InputError(f"examples={examples}; expected 4 to 16: with fewer, batch statistics make false groups")
