@@ -104,13 +104,12 @@ def prepare(config: RunConfig, data: ImageData | None = None,
     module = make(data, config.seed, config.model_options).to(device_of(config))
     place = recipe.memory_format(config, module)
     with _taking(config, data):
+        _try_batch(config, data, module, place)
         groups = scale_groups(module, probe_batch(data))
     prepared = Prepared(
         config, data, module, groups, algorithm(config.algorithm, groups, **config.algorithm_options), place,
         recipe.evaluations(config, module, data, place), tracking.tracker(config, groups, data, _tracked_objective),
     )
-    with _taking(config, data):
-        _try_batch(prepared)
     if prepared.tracked is not None:
         prepared.tracked.objective(module)  # as many examples as asked for
         prepared.tracked.attempt(module, _tracked_objective(module, data, min(tracking.TRIED, len(data.train_labels))))
@@ -136,20 +135,19 @@ def _tracked_objective(module: nn.Module, data: ImageData, n: int) -> Objective:
     return objective_of(module, data, n, batch_size=MEASURED_AT_ONCE)
 
 
-def _try_batch(prepared: Prepared) -> None:
+def _try_batch(config: RunConfig, data: ImageData, module: nn.Module, place: Callable[[Tensor], Tensor]) -> None:
     """Evaluate the loss on one batch of the run's size: one that cannot work is told before anything is written."""
-    config, data = prepared.config, prepared.data
     n = len(data.train_labels)
     if config.batch_size > n:
         raise InputError(f"batch_size={config.batch_size}; expected at most {n}, the number of training examples")
-    was_training = prepared.module.training
+    was_training = module.training
     x, y = data.train_set(config.batch_size)
     objective = TrainingObjective(
-        prepared.module.train(), recipe.training_criterion(config), (prepared.place(x), y), update_statistics=False
+        module.train(), recipe.training_criterion(config), (place(x), y), update_statistics=False
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        objective(parameters(prepared.module))
-    prepared.module.train(was_training)
+        objective(parameters(module))
+    module.train(was_training)
 
 
 def trainer(
