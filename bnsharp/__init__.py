@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnsharp import (
         algorithms,
+        averages,
         composites,
         data,
         directions,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         profiles,
         reduce,
         regularizers,
+        schedules,
         spectrum,
         testing,
         transformations,
@@ -59,15 +61,15 @@ _HOME = {
     "Step": "types",
 }
 _MODULES = (
-    "algorithms", "composites", "data", "directions", "geometry", "laws", "maps", "measures", "models", "pacbayes",
-    "profiles", "reduce", "regularizers", "spectrum", "testing", "transformations",
+    "algorithms", "averages", "composites", "data", "directions", "geometry", "laws", "maps", "measures", "models",
+    "pacbayes", "profiles", "reduce", "regularizers", "schedules", "spectrum", "testing", "transformations",
 )
 
 __all__ = [
     "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "Sampling", "ScaleGroups",
-    "Step", "Trainer", "algorithms", "backward", "composites", "data", "directions", "exact_norms", "geometry", "laws",
-    "maps", "measures", "models", "pacbayes", "parameters", "profiles", "reduce", "regularizers", "scale_groups",
-    "spectrum", "testing", "transformations",
+    "Step", "Trainer", "algorithms", "averages", "backward", "composites", "data", "directions", "exact_norms",
+    "geometry", "laws", "maps", "measures", "models", "pacbayes", "parameters", "profiles", "reduce", "regularizers",
+    "scale_groups", "schedules", "spectrum", "testing", "transformations",
 ]
 
 

@@ -44,7 +44,7 @@ def trained(run: Any, *arguments: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("model", "settings"), [
     ("resnet18", ["width=0.05"]), ("wideresnet", ["depth=10", "width=1", "dropout=0.1"]),
-    ("torchvision:resnet18", []), ("timm:test_resnet", []), ("timm:test_vit", ["model_options.patch_size=4"]),
+    ("torchvision:shufflenet_v2_x0_5", []), ("timm:test_resnet", []), ("timm:test_vit", ["model_options.patch_size=4"]),
 ])
 def test_networks_are_trained_and_measured(run, model, settings):
     pytest.importorskip("timm")
