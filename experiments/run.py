@@ -230,7 +230,7 @@ def train(
     prepared = prepare(config, data, progress)
 
     def finished(record: dict[str, Any]) -> None:
-        if scalars is not None:
+        if scalars is not None and run.folder is not None:  # one process of several has it
             scalars.write(folder.path, record)
         if on_epoch is not None:
             on_epoch(record)

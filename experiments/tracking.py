@@ -18,7 +18,7 @@ from torch import nn
 from bnsharp import params as P
 from bnsharp.checkpoint import METRICS, TIMING, RunFolder
 from bnsharp.data import ImageData
-from bnsharp.errors import NotFiniteError
+from bnsharp.errors import InputError, NotFiniteError
 from bnsharp.experiments.config import RunConfig
 from bnsharp.groups import ScaleGroups
 from bnsharp.measures import MEASURES, Measured, build_measure
@@ -85,10 +85,16 @@ class Tracked:
         """Take every measure once, so that one that cannot be taken is told before training starts.
 
         Raises:
-            InputError: what a measure says of its options or of the network.
+            InputError: what a measure says of its options or of the network; a network that it cannot be taken of (one
+                without second derivatives, say).
         """
-        for measure in self.measures.values():
-            self._estimate(measure, objective, P.parameters(module))
+        for name, measure in self.measures.items():
+            try:
+                self._estimate(measure, objective, P.parameters(module))
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+                raise InputError(f"{name} cannot be taken of {type(module).__name__} ({reason}); expected a measure "
+                                 "that can: leave it out of track") from error
 
 
 def _columns(name: str, estimate: Estimate | None, context: TrackingContext) -> dict[str, float]:

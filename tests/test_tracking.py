@@ -160,6 +160,34 @@ def test_a_measure_that_is_not_finite_leaves_training_alone():
     made.attempt(net, objective)
 
 
+class Once(torch.autograd.Function):
+    """A layer with a first derivative alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("no second derivative\nis implemented")
+        return 2 * gradient
+
+
+class OnceLayer(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Once.apply(x)
+
+
+def test_a_network_without_second_derivatives_is_refused_in_one_line():
+    net = torch.nn.Sequential(torch.nn.Linear(5, 3), OnceLayer())
+    made = tracking.Tracked({"hessian_top": tracking.build_measure("hessian_top")}, lambda m: None,  # type: ignore
+                            ScaleGroups({}), 0)
+    with pytest.raises(InputError) as caught:
+        made.attempt(net, Objective(net, criterion, examples(8)))
+    assert "hessian_top cannot be taken" in one_line(caught.value)
+
+
 def test_what_tracking_wrote_is_told_from_the_rest(tracked):
     first, second = read_lines(tracked / METRICS)[:2]
     assert tracking.tracked_values(first) == {}
