@@ -29,7 +29,7 @@ from bnsharp.params import parameters
 from bnsharp.trainer import Evaluation, Result, Trainer
 from bnsharp.training_objective import TrainingObjective
 
-MAY_DIFFER = ("versions", "threads", "checkpoint_every", "checkpoint_steps")
+MAY_DIFFER = ("versions", "threads", "checkpoint_every", "checkpoint_steps", "tensorboard")
 """What a resumed run may change: none of it is meant to change the numbers."""
 
 

@@ -197,6 +197,18 @@ def test_scalars_are_those_of_the_records_also_after_an_interruption(tmp_path):
     assert_scalars_of(tmp_path)
 
 
+def test_a_resumed_run_may_begin_to_write_scalars(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    def interrupt(record: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(algorithm="sgd"), tmp_path, on_epoch=interrupt)
+    train(config(algorithm="sgd", tensorboard=True), tmp_path, resume=True)
+    assert [step for step, _ in scalars(tmp_path)["loss"]] == [2, 3]
+
+
 def test_scalars_change_nothing_else(tmp_path):
     pytest.importorskip("tensorboard")
     for name, on in (("with", True), ("without", False)):
