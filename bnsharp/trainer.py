@@ -30,7 +30,7 @@ from bnsharp.objective import batch_size
 from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluated, tracked
 from bnsharp.regularizers import Plain, Regularizer, check_weight
 from bnsharp.schedules import Schedule, constant
-from bnsharp.stopping import StopRequest
+from bnsharp.stopping import StopRequest, lost_worker, release
 from bnsharp.types import Average, Step, Tracker, TrackingContext
 
 __all__ = ["Batch", "Criterion", "Epoch", "Evaluation", "Result", "Trainer", "accuracy", "evaluate"]
@@ -142,10 +142,10 @@ class Trainer:
         """Train to the last epoch; the caller's global random states are left as they were."""
         device = P.first(self.params).device
         with ExitStack() as stack:
+            self._stop = stack.enter_context(StopRequest())
             if self.folder is not None:
                 stack.enter_context(self.folder.locked())
             stack.enter_context(randomness.seeded(self.seed, device))
-            self._stop = stack.enter_context(StopRequest())
             return self._fit(device)
 
     def _fit(self, device: torch.device) -> Result:
@@ -170,23 +170,9 @@ class Trainer:
     def _train(self, started: float) -> dict[str, Any]:
         self.module.train()
         run, epoch = self._run, self._run.epoch
-        regularizer, weight = self.regularizer(epoch), self.weight(epoch)
+        weight = self.weight(epoch)
         with self._data_errors():
-            batches, others = self._streams()
-            for batch in batches:
-                self.optimizer.zero_grad(set_to_none=True)
-                step = backward(
-                    self.module, self.criterion, batch, regularizer, weight,
-                    other_batches=[next(others) for _ in range(self.other_batches)],
-                    generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
-                )
-                self._check(step, self._clip())
-                self.optimizer.step()
-                self.scheduler.step()
-                self._count(step, batch)
-                if self.on_step is not None:
-                    self.on_step(epoch, run.sums.steps - 1)
-                self._rest(started)
+            self._steps(self.regularizer(epoch), weight, started)
         if not run.sums.steps:
             raise InputError("an epoch holds no batch; expected at least one: is the batch size too large?")
         size = float(P.norm(self.params))
@@ -195,6 +181,24 @@ class Trainer:
                                 f"learning rate or the perturbation{self._keeping}")
         return {"epoch": epoch + 1, "steps": run.steps, "lr": run.lr, "weight": weight, **run.sums.means(),
                 "gradient_evaluations": run.gradients, "parameter_norm": size}
+
+    def _steps(self, regularizer: Regularizer, weight: float, started: float) -> None:
+        run = self._run
+        batches, others = self._streams()
+        for batch in batches:
+            self.optimizer.zero_grad(set_to_none=True)
+            step = backward(
+                self.module, self.criterion, batch, regularizer, weight,
+                other_batches=[next(others) for _ in range(self.other_batches)],
+                generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
+            )
+            self._check(step, self._clip())
+            self.optimizer.step()
+            self.scheduler.step()
+            self._count(step, batch)
+            if self.on_step is not None:
+                self.on_step(run.epoch, run.sums.steps - 1)
+            self._rest(started)
 
     def _streams(self) -> tuple[Iterator[Batch], Iterator[Batch]]:
         """The epoch's batches, and the second stream's, which starts afresh each epoch; past those already used."""
@@ -265,13 +269,15 @@ class Trainer:
     def _data_errors(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # PyTorch has no class of its own for it
-            if not str(error).startswith("DataLoader worker"):
+        except Exception as error:
+            if not lost_worker(error):
                 raise
-            line = " ".join(str(error).split())
+            self._stop.ignore_children()
+            release(error)  # so that the other workers end
+            line = " ".join(str(error).split()).rstrip(".")[:150]
             raise DataError(
-                f"{line[:150]} (epoch {self._run.epoch + 1}, step {self._run.sums.steps + 1}); expected batches: is "
-                f"there enough memory for the workers?{self._keeping}"
+                f"a data worker was lost ({line}) at epoch {self._run.epoch + 1}, step {self._run.sums.steps + 1}; "
+                f"expected batches: is there enough memory for the workers?{self._keeping}"
             ) from error
 
     # ------------------------------------------------------------ after an epoch
