@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from bnsharp import params as P
+from bnsharp import randomness
 from bnsharp.checks import whole
 from bnsharp.errors import InputError, RankLostError
 from bnsharp.types import Params, Step, Term
@@ -29,6 +30,8 @@ from bnsharp.types import Params, Step, Term
 T = TypeVar("T")
 SMALLEST_SHARE = 2
 """Examples that a rank needs at least: batch statistics of one example do not exist."""
+_MASKS = 101
+"""Names the streams of random layers among a run's streams of random numbers."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,8 @@ class Ranks:
         n = len(leaves[0]) if leaves else 0
         if n < SMALLEST_SHARE * self.count:
             raise InputError(
-                f"a batch of {n} examples for {self.count} ranks; expected at least {SMALLEST_SHARE * self.count}: use a "
-                "larger batch or fewer processes"
+                f"a batch of {n} examples for {self.count} ranks; expected at least {SMALLEST_SHARE * self.count}: use "
+                "a larger batch or fewer processes"
             )
         size, more = divmod(n, self.count)
         start = self.index * size + min(self.index, more)
@@ -198,15 +201,21 @@ class Ranks:
         if self.count == 1:
             return generator
         common = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        return P.seeded(_mixed(common, self.index), generator.device)
+        return P.seeded(randomness.stream(common, self.index), generator.device)
 
-    def reseed(self, seed: int, epoch: int) -> None:
-        """Seed PyTorch's global random state for this rank and epoch, so that ranks draw different dropout masks.
+    @contextmanager
+    def masks(self, seed: int, step: int, device: torch.device) -> Iterator[None]:
+        """Within it random layers draw from a global state that is this rank's and this step's own.
 
-        It depends on nothing else: a resumed run draws what an uninterrupted one does. One process is left alone.
+        It depends on nothing else, so that a resumed run draws what an uninterrupted one does; afterwards the global
+        state is as before, the same on all ranks. One process is left alone.
         """
-        if self.count > 1:
-            torch.manual_seed(_mixed(seed, epoch, self.index))
+        if self.count == 1:
+            yield
+            return
+        with randomness.undisturbed(device):
+            torch.manual_seed(randomness.stream(seed, _MASKS, step, self.index))
+            yield
 
     # ------------------------------------------------------------ what one rank does for all
 
@@ -313,37 +322,52 @@ def launched() -> tuple[int, int, int]:
                          "numbers: start the command by torchrun") from error
 
 
+def own_device(device: str) -> torch.device:
+    """``"cuda"`` as this rank's own GPU of its machine where several processes were started; else the device named.
+
+    Raises:
+        InputError: one numbered GPU for several ranks, or fewer GPUs than ranks on this machine.
+    """
+    named = torch.device(device)
+    _, count, local = launched()
+    if count == 1 or named.type == "cpu":
+        return named
+    if named.index is not None:
+        raise InputError(f"device={device!r} for {count} ranks; expected {named.type!r}, of which each rank takes its own")
+    if named.type == "cuda" and local >= torch.cuda.device_count():
+        raise InputError(f"device={device!r} for local rank {local}; there are {torch.cuda.device_count()} GPUs: start "
+                         "fewer processes on this machine")
+    return torch.device(named.type, local)
+
+
 @contextmanager
-def joined(device: torch.device | str = "cpu") -> Iterator[Ranks]:
+def joined(device: str = "cpu") -> Iterator[Ranks]:
     """The ranks of a job started by ``torchrun``: gloo for the CPU, NCCL for CUDA; one process where there is no job.
 
     A process group that exists already is used and left as it is; one made here is destroyed at the end.
 
     Raises:
-        InputError: a group that cannot be made.
+        InputError: a group that cannot be made; see :func:`own_device`.
     """
-    device = torch.device(device)
+    place = own_device(device)
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size(), None, device)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), None, place)
         return
     rank, count, _ = launched()
     if count == 1:
         yield SINGLE
         return
     try:
-        dist.init_process_group("gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl")
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl")
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{count} processes cannot find each other ({_first_line(error)}); expected the environment "
                          "that torchrun sets") from error
     try:
-        yield Ranks(rank, count, None, device)
+        yield Ranks(rank, count, None, place)
     finally:
         dist.destroy_process_group()
-
-
-def _mixed(*numbers: int) -> int:
-    """A seed from several numbers, unlike their neighbours'."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
 def _first_line(error: BaseException) -> str:

@@ -99,7 +99,7 @@ class AbstractObjective(ABC):
             return
         known, index = bool(self._totals), 0
         totals = self._totals if known else []
-        for index, term in enumerate(self._terms(), 1):  # noqa: B007
+        for index, term in enumerate(self._terms(), 1):
             if not known:
                 totals.append(self._total(index, term.weight))
             yield over_ranks(term, self.ranks, totals[index - 1])

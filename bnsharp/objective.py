@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from bnsharp import params as P
 from bnsharp.checks import one_of
-from bnsharp.distributed import SINGLE, Ranks
+from bnsharp.distributed import SINGLE, SMALLEST_SHARE, Ranks
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine
 from bnsharp.modes import measuring
@@ -139,9 +139,9 @@ class Objective(ModuleObjective):
             ``x`` is a tensor, a tuple (``module(*x)``) or a dictionary (``module(**x)``).
         statistics: ``"batch"`` (the function is scale invariant) or ``"running"`` (it is not).
         engine: how many points at once, see :class:`Engine`.
-        ranks: the processes that hold parts of the data (:func:`bnsharp.distributed.joined`). ``data`` is then this one's
-            part of every batch (``ranks.share(batch)``), batch statistics are those of whole batches, and every number
-            is that of one process with all of the data, on all ranks. All ranks make the same calls.
+        ranks: the processes that hold parts of the data (:func:`bnsharp.distributed.joined`). ``data`` is then this
+            one's part of every batch (``ranks.share(batch)``), batch statistics are those of whole batches, and every
+            number is that of one process with all of the data, on all ranks. All ranks make the same calls.
 
     Raises:
         InputError: one-shot iterators, shuffling loaders, a batch of one with batch statistics, a criterion
@@ -236,6 +236,36 @@ class Objective(ModuleObjective):
                 "layer off in eval mode"
             )
         self._checked = True
+
+
+CHECKED = 64
+"""Examples on which parts are compared with the whole, or two for each rank."""
+
+
+def check_parts(
+    module: nn.Module, criterion: Callable[[Any, Any], Tensor], batch: tuple[Any, Any], ranks: Ranks
+) -> None:
+    """Compare the loss of a whole batch (its first examples) with the one put together from the ranks' parts.
+
+    Raises:
+        InputError: they differ, on all ranks: a criterion that is no plain mean over examples, or a module that couples
+            examples in another way than PyTorch's batch normalization.
+    """
+    if ranks.count == 1:
+        return
+    n, most = batch_size(batch[0]), max(CHECKED, SMALLEST_SHARE * ranks.count)
+    first = tree_map(lambda t: t[:most] if isinstance(t, Tensor) and t.ndim and len(t) == n else t, tuple(batch))
+    theta = P.live(module)
+    with torch.no_grad():
+        whole = Objective(module, criterion, first)(theta)
+        parts = Objective(module, criterion, ranks.share(first), ranks=ranks)(theta)
+    tolerance = 1e3 * torch.finfo(whole.dtype).eps * (1 + float(whole.abs()))
+    if bool(whole.isfinite()) and float((whole - parts).abs()) > tolerance:
+        raise InputError(
+            f"the loss of a batch is {float(whole):.6g} in one process and {float(parts):.6g} over {ranks.count} ranks; "
+            "expected a criterion that is a mean over examples, and no statistics of the batch but those of PyTorch's "
+            "batch normalization: use one process, or directions='local', in which each part is a batch of its own"
+        )
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -1,8 +1,7 @@
 """Batch normalization with the statistics of the whole batch, of which every rank holds a part.
 
-``mean = Σ_r n_r mean_r / n`` and ``n·var = Σ_r (M_r + n_r (mean_r − mean)²)``, M_r the part's sum of squares about its own
-mean (Chan et al. 1983): one exchange per layer, on any device, differentiable twice. ``torch.nn.SyncBatchNorm`` refuses
-the CPU.
+``mean = Σ_r n_r mean_r / n`` and ``n·var = Σ_r n_r (var_r + (mean_r − mean)²)`` over parts of n_r values (Chan et al.
+1983): one exchange per layer, on any device, differentiable twice. ``torch.nn.SyncBatchNorm`` refuses the CPU.
 """
 
 from __future__ import annotations

@@ -21,12 +21,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from bnsharp import params as P
 from bnsharp import randomness
 from bnsharp.checkpoint import METRICS, TIMING, RunFolder
-from bnsharp.checks import positive, whole
-from bnsharp.errors import DataError, DivergedError, InputError, Notice, StorageError
+from bnsharp.checks import one_of, positive, whole
+from bnsharp.distributed import SINGLE, Ranks
+from bnsharp.errors import DataError, DivergedError, InputError, Notice, RankLostError, StorageError
 from bnsharp.evaluation import Engine
-from bnsharp.loop import backward
+from bnsharp.loop import DIRECTIONS, backward
 from bnsharp.loopstate import LoopState
-from bnsharp.objective import batch_size
+from bnsharp.objective import batch_size, check_parts
 from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluated, tracked
 from bnsharp.regularizers import Plain, Regularizer, check_weight
 from bnsharp.schedules import Schedule, constant
@@ -78,6 +79,11 @@ class Trainer:
         checkpoint_steps: steps from one checkpoint within an epoch to the next; None writes none.
         resume: continue from the folder's checkpoint.
         engine: how several perturbed points of one step are evaluated; one engine for the whole run.
+        ranks: processes that train together (:func:`bnsharp.distributed.joined`): each draws the same batches and takes
+            its part of every one. Rank 0 alone is given a folder.
+        directions: ``"synchronised"``: steps are those of one process on the whole batches, up to rounding; ``"local"``:
+            each rank takes a step on its part, with its own batch statistics and directions, and their gradients are
+            averaged (m-SAM). Running statistics and the regulariser's state are averaged too.
         on_step: called with ``(epoch, step)`` after each step, for progress displays.
         on_epoch: called with each epoch's record.
 
@@ -85,7 +91,8 @@ class Trainer:
         InputError: bad settings; a folder that another process writes; two damaged checkpoints.
         DivergedError: a non-finite loss or gradient; that step is not taken, and the last checkpoint is kept.
         StorageError, DataError: a full disk, a killed data worker; the last checkpoint is kept.
-        Interrupted, Terminated: SIGINT, SIGTERM.
+        Interrupted, Terminated: SIGINT, SIGTERM, on any rank.
+        RankLostError: another rank died, or ranks differ; the last checkpoint is kept.
     """
 
     def __init__(
@@ -111,6 +118,8 @@ class Trainer:
         checkpoint_steps: int | None = None,
         resume: bool = False,
         engine: Engine | str = "loop",
+        ranks: Ranks = SINGLE,
+        directions: str = "synchronised",
         on_step: Callable[[int, int], None] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
     ):
@@ -136,6 +145,8 @@ class Trainer:
         self.checkpoint_every = whole("checkpoint_every", checkpoint_every)
         self.checkpoint_steps = None if checkpoint_steps is None else whole("checkpoint_steps", checkpoint_steps)
         self.engine = Engine(engine) if isinstance(engine, str) else engine
+        self.ranks, self.directions = ranks, directions
+        one_of("directions", directions, DIRECTIONS)
         self.on_step, self.on_epoch = on_step, on_epoch
 
     def fit(self) -> Result:
@@ -152,15 +163,19 @@ class Trainer:
         averages = {name: average.init(self.module) for name, average in self.averages.items()}
         self._run = LoopState.new(self.seed, device, self.regularizer(0).init(self.params), averages)
         self._kept: str | None = None
+        self._asked = self._checked = False
+        self._writes = self.ranks.from_first(lambda: self.folder is not None)
         history = self._restore()
-        while self._run.epoch < self.epochs:
-            started = time.perf_counter() - self._run.seconds
-            record = self._train(started)
-            timing = {"epoch": record["epoch"], "train_seconds": time.perf_counter() - started}
-            self._observe(record, timing)
-            history.append(record)
-            self._run.end()
-            self._keep(record, timing)
+        self.ranks.check_equal(self.params, "at the start")
+        with self._lost_ranks():
+            while self._run.epoch < self.epochs:
+                started = time.perf_counter() - self._run.seconds
+                record = self._train(started)
+                timing = {"epoch": record["epoch"], "train_seconds": time.perf_counter() - started}
+                self._observe(record, timing)
+                history.append(record)
+                self._run.end()
+                self._keep(record, timing)
         if not history:
             raise InputError("nothing was trained: no epoch left")
         return Result(history[-1], history, self._run.steps)
@@ -175,6 +190,7 @@ class Trainer:
             self._steps(self.regularizer(epoch), weight, started)
         if not run.sums.steps:
             raise InputError("an epoch holds no batch; expected at least one: is the batch size too large?")
+        self._meet()
         size = float(P.norm(self.params))
         if size != size or size == float("inf"):
             raise DivergedError(f"parameters are not finite after epoch {epoch + 1}; expected finite values: lower the "
@@ -187,15 +203,18 @@ class Trainer:
         batches, others = self._streams()
         for batch in batches:
             self.optimizer.zero_grad(set_to_none=True)
-            step = backward(
-                self.module, self.criterion, batch, regularizer, weight,
-                other_batches=[next(others) for _ in range(self.other_batches)],
-                generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
-            )
+            part = self._part(batch)
+            with self.ranks.masks(self.seed, run.steps, run.device):
+                step = backward(
+                    self.module, self.criterion, part, regularizer, weight,
+                    other_batches=[self.ranks.share(next(others)) for _ in range(self.other_batches)],
+                    generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
+                    ranks=self.ranks, directions=self.directions,
+                )
             self._check(step, self._clip())
             self.optimizer.step()
             self.scheduler.step()
-            self._count(step, batch)
+            self._count(step, batch, part)
             if self.on_step is not None:
                 self.on_step(run.epoch, run.sums.steps - 1)
             self._rest(started)
@@ -226,6 +245,19 @@ class Trainer:
         while True:
             yield from self.epoch(generator)
 
+    def _part(self, batch: Batch) -> Batch:
+        """This rank's part of a batch; the first one shows whether the loss is the mean of its parts."""
+        if self.directions == "synchronised" and not self._checked:
+            check_parts(self.module, self.criterion, batch, self.ranks)
+        self._checked = True
+        return self.ranks.share(batch)
+
+    def _meet(self) -> None:
+        """Statistics that each rank took on its own parts become their mean, the same on all; parameters are already."""
+        averages = [t for state in self._run.averages.values() for t in state.values()]
+        self.ranks.unify_([*P.unwrap(self.module).buffers(), *averages])
+        self.ranks.check_equal(self.params, f"after {self._run.where}")
+
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, which is not longer than ``max_norm`` afterwards."""
         gradients = [p.grad for p in self._trained if p.grad is not None]
@@ -247,12 +279,13 @@ class Trainer:
             f"finite values: lower the learning rate or the perturbation{self._keeping}"
         )
 
-    def _count(self, step: Step, batch: Batch) -> None:
+    def _count(self, step: Step, batch: Batch, part: Batch) -> None:
         run = self._run
         run.regularizer = step.state
         run.steps += 1
         run.gradients += step.evaluations
-        run.sums.add(step, batch_size(batch[0]), accuracy(step.output, batch[1]))
+        correct = self.ranks.mean(accuracy(step.output, part[1]), float(batch_size(part[0])))
+        run.sums.add(step, batch_size(batch[0]), correct)
         for name, average in self.averages.items():
             run.averages[name] = average.update(self.module, run.averages[name], run.steps)
 
@@ -260,7 +293,9 @@ class Trainer:
         """Between two steps: stop if asked to, write a checkpoint if one is due."""
         run = self._run
         due = self.checkpoint_steps is not None and run.steps % self.checkpoint_steps == 0
-        if due or self._stop.signal is not None:
+        self._asked = self.ranks.any(self._stop.signal is not None)
+        if due or self._asked:
+            self._meet()
             run.seconds = time.perf_counter() - started
             self._save()
         self._leave_if_asked()
@@ -301,9 +336,9 @@ class Trainer:
             with self._storage_errors():
                 self.folder.append(METRICS, record)
                 self.folder.append(TIMING, timing)
-            due = record["epoch"] % self.checkpoint_every == 0 or record["epoch"] == self.epochs
-            if due or self._stop.signal is not None:
-                self._save()
+        self._asked = self.ranks.any(self._stop.signal is not None)
+        if record["epoch"] % self.checkpoint_every == 0 or record["epoch"] == self.epochs or self._asked:
+            self._save()
         if self.on_epoch is not None:
             self.on_epoch(record)
         self._leave_if_asked()
@@ -320,39 +355,63 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        if self._writes:
+            self.ranks.from_first(self._write)
+            self._kept = self._run.where
+
+    def _write(self) -> None:
         if self.folder is not None:
             with self._storage_errors():
                 self.folder.save(self.checkpoint())
-            self._kept = self._run.where
 
-    def _restore(self) -> list[dict[str, Any]]:
-        """The records so far, after going back to the checkpoint if there is one."""
-        if self.folder is None or not self.resume:
-            return []
-        stored, run = self.folder.recover(), self._run
+    def _stored(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """The checkpoint, and the records that it stands for."""
+        if self.folder is None:
+            return None, []
+        stored = self.folder.recover()
         with self._storage_errors():
             for name in (METRICS, TIMING):
                 self.folder.keep(name, 0 if stored is None else stored["epoch"])
+        history = self.folder.records(METRICS)
+        if stored is not None and len(history) != stored["epoch"]:
+            raise InputError(
+                f"{self.folder.path / METRICS} holds {len(history)} records; expected the {stored['epoch']} that the "
+                "checkpoint stands for: train again with --overwrite"
+            )
+        return stored, history
+
+    def _restore(self) -> list[dict[str, Any]]:
+        """The records so far, after going back to the checkpoint if there is one."""
+        if not (self._writes and self.resume):
+            return []
+        stored, history = self.ranks.from_first(self._stored)
+        run = self._run
         if stored is None:
             return []
         P.unwrap(self.module).load_state_dict(stored["module"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.scheduler.load_state_dict(stored["scheduler"])
         run.load_state_dict(stored)
-        history = self.folder.records(METRICS)
-        if len(history) != run.epoch:
-            raise InputError(
-                f"{self.folder.path / METRICS} holds {len(history)} records; expected the {run.epoch} that the "
-                "checkpoint stands for: train again with --overwrite"
-            )
         self._kept = run.where
         return history
 
     def _leave_if_asked(self) -> None:
-        if self._stop.signal is not None:
+        if self._asked:
             where = "" if self.folder is None else f" in {self.folder.path}"
             kept = f"; that state is kept{where}" if self._kept == self._run.where else ""
             raise self._stop.error(f"stopped after {self._run.where}{kept}")
+
+    @contextmanager
+    def _lost_ranks(self) -> Iterator[None]:
+        """What ends one rank alone ends the others, and all say what is kept."""
+        try:
+            yield
+        except (RankLostError, InputError) as error:
+            if isinstance(error, InputError) and self.ranks.is_first:
+                raise
+            alone = "" if isinstance(error, RankLostError) else f"rank {self.ranks.index}: "
+            kept = f"{self._keeping}: go on with --resume" if self._kept else "; no checkpoint was written"
+            raise RankLostError(f"{alone}{error}{kept}") from error
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
