@@ -17,15 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sklearn.datasets  # noqa: F401  imported before the forks, not in each
 import torch
 from helpers import bn_mlp, cross_entropy, examples
 
 import bnsharp.cli
 import bnsharp.cli.display
-import bnsharp.experiments.run
 from bnsharp import Trainer, backward, scale_groups
 from bnsharp.algorithms import FAMILIES, algorithm
 from bnsharp.checkpoint import CHECKPOINT, SUMMARY, RunFolder
+from bnsharp.experiments.run import versions
 
 RUN = ["--batch-size", "16", "--epochs", "10", "--set", "train_size=96", "--set", "width=4", "--set", "depth=1",
        "--set", "threads=1", "--set", "checkpoint_steps=1"]
@@ -97,10 +98,10 @@ def kill_commands(root: Path, names: list[str], kills: int, rng: random.Random) 
     """``bnsharp train`` killed ``kills`` times for each name, and resumed to its end."""
     result: dict[str, Any] = {"killed": {}, "runs": []}
     for name in names:
-        assert ended(forked(command(name, root / f"{name}-whole"), root / "log.txt"))
+        assert ended(forked(command(name, root / f"command-{name}-whole"), root / "log.txt"))
         killed, round_ = 0, 0
         while killed < kills:  # again from the start where a run was quicker than its killer
-            folder = root / f"{name}-{round_}"
+            folder = root / f"command-{name}-{round_}"
             running = True
             while running:
                 process = forked(command(name, folder, "--resume"), root / "log.txt")
@@ -108,7 +109,7 @@ def kill_commands(root: Path, names: list[str], kills: int, rng: random.Random) 
                 killed += running
             if not (folder / SUMMARY).exists():
                 assert ended(process)
-            result["runs"].append([str(folder), str(root / f"{name}-whole")])
+            result["runs"].append([str(folder), str(root / f"command-{name}-whole")])
             round_ += 1
         result["killed"][name] = killed
     return result
@@ -190,20 +191,20 @@ def stateful() -> list[str]:
     return found
 
 
-def main(mode: str, root: Path) -> dict[str, Any]:
+def main(root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
+    versions()  # imports what it names
     rng = random.Random(2)
     root.mkdir()
-    if mode == "commands":
-        return kill_commands(root, ["sgds-1"], 10, rng)
+    commands = kill_commands(root, ["sgds-1"], 10, rng)
     # every operation around the end of the first epoch: checkpoints within and after it, metrics
     results = [kill_operations(root, "sgds-1", lambda n: list(range(n // 2 - 12, n // 2 + 8)))]
     results += [kill_operations(root, name, lambda n: [rng.randrange(n // 2, n)]) for name in stateful()]
     killed = {k: v for r in results for k, v in r["killed"].items()}
-    return {"killed": killed, "runs": [r for x in results for r in x["runs"]]}
+    return {"commands": commands, "trainer": {"killed": killed, "runs": [r for x in results for r in x["runs"]]}}
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[2])
+    target = Path(sys.argv[1])
     shutil.rmtree(target, ignore_errors=True)
-    print(json.dumps(main(sys.argv[1], target)))
+    print(json.dumps(main(target)))

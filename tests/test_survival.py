@@ -481,39 +481,38 @@ def test_file_systems_that_refuse_locks_are_locked_by_the_file(tmp_path, monkeyp
 # ---------------------------------------------------------------- processes
 
 
-def killing(mode: str, root: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "killing.py"), mode, str(root)],
-        capture_output=True, text=True, timeout=500,
-    )
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What ``tests/killing.py`` did."""
+    root = tmp_path_factory.mktemp("killed") / "runs"
+    program = Path(__file__).parent / "killing.py"
+    done = subprocess.run([sys.executable, program, root], capture_output=True, text=True, timeout=500)
     log = root / "log.txt"
     assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-def test_ten_kills_at_random_moments_leave_no_trace(tmp_path):
+def test_ten_kills_at_random_moments_leave_no_trace(killed):
     """``bnsharp train``, killed and resumed until it ends: the same bytes as the run that nobody killed."""
-    result = killing("commands", tmp_path / "runs")
-    assert sum(result["killed"].values()) == 10
-    for folder, whole in result["runs"]:
+    assert sum(killed["commands"]["killed"].values()) == 10
+    for folder, whole in killed["commands"]["runs"]:
         for name in (CONFIG, METRICS, SUMMARY):
             assert (Path(folder) / name).read_bytes() == (Path(whole) / name).read_bytes()
         assert_same(load(Path(folder) / CHECKPOINT)["module"], load(Path(whole) / CHECKPOINT)["module"])
 
 
-def test_a_kill_at_any_file_operation_leaves_no_trace(tmp_path):
+def test_a_kill_at_any_file_operation_leaves_no_trace(killed):
     """For every algorithm that carries state, too."""
-    result = killing("operations", tmp_path / "runs")
-    assert result["killed"]["sgds-1"] == 20 and len(result["killed"]) > 1
-    assert len(result["runs"]) == sum(result["killed"].values())
-    for folder, whole in result["runs"]:
+    runs, counts = killed["trainer"]["runs"], killed["trainer"]["killed"]
+    assert counts["sgds-1"] == 20 and len(counts) > 1 and len(runs) == sum(counts.values())
+    for folder, whole in runs:
         assert (Path(folder) / METRICS).read_bytes() == (Path(whole) / METRICS).read_bytes(), folder
         one, two = (load(Path(f) / CHECKPOINT) for f in (folder, whole))
         assert_same(plain(one), plain(two), folder)
 
 
-LONG = [*RUN, "--epochs", "40"]
+LONG = [*RUN, "--epochs", "25"]
 
 
 def started(path: Path) -> subprocess.Popen[str]:
@@ -523,7 +522,7 @@ def started(path: Path) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     process = subprocess.Popen(
-        [sys.executable, "-m", "bnsharp.cli", "train", "--algorithm", "sgds-1", *LONG, "--overwrite", "--out", path],
+        [sys.executable, "-m", "bnsharp.cli", "train", "--algorithm", "sgd", *LONG, "--overwrite", "--out", path],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default,
     )
     while process.poll() is None and not (path / CHECKPOINT).exists():
@@ -539,7 +538,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("whole") / "run"
     settings = [RUN[i + 1] for i, word in enumerate(RUN) if word == "--set"]
-    values = {"data": "digits", "model": "bn-mlp", "algorithm": "sgds-1", "epochs": 40, "batch_size": 16}
+    values = {"data": "digits", "model": "bn-mlp", "algorithm": "sgd", "epochs": 25, "batch_size": 16}
     train(make_config(values, settings), path)
     return path
 
@@ -549,7 +548,7 @@ def test_a_signal_ends_the_command_with_a_line_and_the_run_goes_on(run, whole_ru
     path = tmp_path / "run"
     for _ in range(5):  # again if the run was quicker than the signal
         process = started(path)
-        refused = run("train", "--algorithm", "sgds-1", *LONG, "--out", path, "--resume")
+        refused = run("train", "--algorithm", "sgd", *LONG, "--out", path, "--resume")
         running = process.poll() is None
         process.send_signal(number)
         out, err = process.communicate(timeout=100)
@@ -562,7 +561,7 @@ def test_a_signal_ends_the_command_with_a_line_and_the_run_goes_on(run, whole_ru
     where = f"epoch {stored['epoch'] + 1}, step {stored['step']}" if stored["step"] else f"epoch {stored['epoch']}"
     assert line == f"bnsharp: stopped after {where}; that state is kept in {path}: go on with --resume"
     assert not (path / LOCK).exists() and not (path / SUMMARY).exists()
-    done = run("train", "--algorithm", "sgds-1", *LONG, "--out", path, "--resume")
+    done = run("train", "--algorithm", "sgd", *LONG, "--out", path, "--resume")
     assert done.code == 0, done.err
     for name in (CONFIG, METRICS, SUMMARY):
         assert (path / name).read_bytes() == (whole_run / name).read_bytes(), name
