@@ -52,8 +52,8 @@ def backward(
     Args:
         module: in the modes you train it in, also compiled or wrapped (DDP, Fabric); its parameters are not moved.
         criterion: ``(output, y) -> scalar``, the mean over the batch.
-        batch: ``(x, y)``, the loss's batch: x a tensor, a tuple (``module(*x)``) or a mapping (``module(**x)``). Its first
-            evaluation alone updates running statistics, and random layers see one mask in every evaluation on it.
+        batch: ``(x, y)``, the loss's batch: x a tensor, a tuple (``module(*x)``) or a mapping (``module(**x)``). Only
+            its first evaluation updates running statistics, and random layers see one mask in all of them.
         regularizer: any :class:`bnsharp.regularizers.Regularizer`.
         weight: λ ≥ 0.
         other_batches: fresh batches for the regulariser; without one it uses ``batch``.
@@ -102,12 +102,15 @@ def backward(
         if ambient.dtype is not None and others_in is None and not others and _takes_differences(regularizer):
             others = [objective(batch, update_statistics=False, like=first)]
         drawn = _generator(generator, params, ranks, directions)
-        step = _step(regularizer, [first, *others], params, weight, before, drawn)
-        if ranks.count > 1 and directions == "local":
+        objectives, local = [first, *others], directions == "local"
+        step = _step(regularizer, objectives, params, weight, before, drawn)
+        overflowed = grad_scale is not None and (step is None or not is_finite(step.gradient))
+        overflowed = ranks.any(overflowed) if local else overflowed  # local steps overflow on some ranks alone
+        if step is None or overflowed:
+            step = _overflowed(objectives, params, before)
+        elif local:
             step = average(step, ranks, float(first.batch_size))
-        if scaler is not None and not is_finite(step.gradient):
-            step = replace(step, state=before)
-        reached = set(params.keys()) if ranks.count > 1 else {name for o in (first, *others) for name in o.used}
+        reached = set(params.keys()) if ranks.count > 1 else {name for o in objectives for name in o.used}
         _add(owned, step.gradient, scale if grad_scale is None else scale * grad_scale, reached)
     return replace(step, output=first.output)
 
@@ -158,22 +161,24 @@ def _step(
     weight: float,
     state: State,
     generator: torch.Generator,
-) -> Step:
-    """The regulariser's step, or one that is nowhere finite where a pass overflowed."""
+) -> Step | None:
+    """The regulariser's step; None if a pass overflowed."""
     try:
         return regularizer.step(objectives, params, weight=weight, state=state, generator=generator)
     except PassOverflow:
-        gradient = P.pmap(lambda p: torch.full_like(p, float("nan")), params)
-        nothing = P.first(params).new_tensor(float("nan"))
-        loss = objectives[0].loss
-        for objective in objectives:
-            objective.used.update(params.keys())
-        spent = sum(objective.gradients for objective in objectives)
-        return Step(nothing if loss is None else loss, nothing, gradient, spent, state, nothing)
+        return None
     except RuntimeError as error:
         if "use_reentrant=True" not in str(error):
             raise
         raise InputError(REENTRANT) from error
+
+
+def _overflowed(objectives: list[TrainingObjective], params: Params, state: State) -> Step:
+    """A step that is nowhere finite and leaves the state as it was."""
+    gradient = P.pmap(lambda p: torch.full_like(p, float("nan")), params)
+    nothing = P.first(params).new_tensor(float("nan"))
+    loss, spent = objectives[0].loss, sum(objective.gradients for objective in objectives)
+    return Step(nothing if loss is None else loss, nothing, gradient, spent, state, nothing)
 
 
 def _add(

@@ -22,7 +22,6 @@ from bnsharp.objective import ModuleObjective, arguments, batch_size, differ, ra
 from bnsharp.synchronised import synchronised
 from bnsharp.types import Params, Term
 
-
 REENTRANT = ("a layer is checkpointed with use_reentrant=True, which gives gradients to .backward() alone; expected "
              "use_reentrant=False")
 
