@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bnsharp.checkpoint import (
     CHECKPOINT,
     CONFIG,
     METRICS,
+    PREVIOUS,
     SUMMARY,
     TIMING,
     RunFolder,
@@ -129,6 +131,33 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path):
         with pytest.raises(InputError) as caught:
             load(path)
         assert str(path) in one_line(caught.value), length
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_a_file_with_one_bit_flipped_is_refused_in_one_line(tmp_path, start):
+    """Every eighth byte from ``start`` on: every byte of the file in all."""
+    path = tmp_path / "c.pt"
+    save(path, PAYLOAD)
+    whole = path.read_bytes()
+    for place in range(start, len(whole), 8):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << (place // 8 % 8)
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(InputError) as caught:
+            load(path)
+        assert str(path) in one_line(caught.value), place
+
+
+def test_a_checkpoint_is_an_ordinary_archive_and_ordinary_archives_are_read(tmp_path):
+    path = tmp_path / "c.pt"
+    save(path, PAYLOAD)
+    for read in (torch.load(path, weights_only=True), torch.load(path, weights_only=True, mmap=True)):
+        assert torch.equal(read["module"]["w"], PAYLOAD["module"]["w"])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+    for new in (True, False):  # written elsewhere: without a checksum
+        torch.save(PAYLOAD, path, _use_new_zipfile_serialization=new)
+        assert load(path)["epoch"] == 3
 
 
 PICKLES = [b"\x80\x02", b"\x80\x04K\x01", b"(", b"h\x00.", b"a.", b"c__main__\nX\n.", b"\x80\x02}q\x00."]
@@ -242,6 +271,42 @@ def test_an_unfinished_last_line_is_left_out(tmp_path):
 def test_a_file_without_a_finished_line_holds_no_records(tmp_path, text):
     (tmp_path / METRICS).write_text(text)
     assert RunFolder(tmp_path).records(METRICS) == []
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    folder = RunFolder.create(tmp_path, {})
+    assert folder.load() is None and folder.recover() is None
+    for epoch in range(1, 4):
+        folder.save({"epoch": epoch})
+        assert folder.load() == folder.recover() == {"epoch": epoch}
+    assert set(tree(tmp_path)) == {CONFIG, CHECKPOINT, PREVIOUS} and load(tmp_path / PREVIOUS) == {"epoch": 2}
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace", "link"])
+@pytest.mark.parametrize("call", range(1, 6))
+def test_a_failed_save_leaves_a_checkpoint_at_every_point(tmp_path, monkeypatch, operation, call):
+    folder = RunFolder.create(tmp_path, {})
+    for epoch in (1, 2):
+        folder.save({"epoch": epoch})
+    original, calls = getattr(os, operation), 0
+
+    def fail(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(28, "No space left on device")
+        return original(*args)
+
+    monkeypatch.setattr(os, operation, fail)
+    failed: list[OSError] = []
+    try:
+        folder.save({"epoch": 3})
+    except OSError as error:
+        failed.append(error)
+    assert all(error.filename == str(tmp_path / CHECKPOINT) for error in failed)
+    # after a failure the old one, or the new one: the folder's own sync comes after the rename
+    assert folder.load() in ([{"epoch": 2}, {"epoch": 3}] if failed else [{"epoch": 3}])
+    assert load(tmp_path / PREVIOUS)["epoch"] in (1, 2) and set(tree(tmp_path)) == {CONFIG, CHECKPOINT, PREVIOUS}
 
 
 def test_a_failed_append_of_a_checkpoint_keeps_the_last_one(tmp_path, monkeypatch):

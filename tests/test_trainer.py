@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -32,7 +35,7 @@ from bnsharp.errors import DivergedError, InputError
 from bnsharp.regularizers import Plain
 from bnsharp.schedules import constant, cosine, multistep
 from bnsharp.trainer import accuracy, evaluate
-from bnsharp.types import Params, Step
+from bnsharp.types import Params, Step, TrackingContext
 
 N, BATCH, EPOCHS = 24, 6, 4
 STEPS = N // BATCH
@@ -492,3 +495,174 @@ def test_frozen_parameters_stay_where_they_are():
     before = net[0].weight.detach().clone()
     trainer("sgds-1", net=net, optimizer=sgd(weight_decay=0.1)).fit()
     assert torch.equal(net[0].weight, before) and net[0].weight.grad is None
+
+
+@pytest.mark.parametrize("clipped", [None, 1.0])
+def test_a_gradient_that_is_not_finite_is_told_and_not_applied(tmp_path, clipped):
+    """The loss is finite, and so are penalty and ratio."""
+
+    class Broken(Spy):
+        def step(self, objectives: Any, params: Params, **rest: Any) -> Step:
+            step = super().step(objectives, params, **rest)
+            if len(self.calls) == STEPS + 2:
+                step.gradient["4.bias"] = step.gradient["4.bias"] * math.inf
+            return step
+
+    states: list[dict[str, Tensor]] = []
+    net = bn_mlp()
+    made = trainer(
+        net=net, regularizer=Broken(0), folder=folder(tmp_path), max_norm=clipped,
+        on_step=lambda e, s: states.append({k: p.detach().clone() for k, p in net.named_parameters()}),
+    )
+    with pytest.raises(DivergedError) as caught:
+        made.fit()
+    message = one_line(caught.value)
+    assert "gradient" in message and "epoch 2, step 2" in message and "checkpoint of epoch 1 is kept" in message
+    assert len(states) == STEPS + 1
+    assert_same(states[-1], {k: p.detach() for k, p in net.named_parameters()})
+
+
+def test_a_method_need_not_know_penalty_and_ratio():
+    """NaN is what stands for a number that is not computed; it is no divergence."""
+
+    class Unknown(Spy):
+        def step(self, objectives: Any, params: Params, **rest: Any) -> Step:
+            step = super().step(objectives, params, **rest)
+            unknown = torch.full((), math.nan)
+            return Step(step.loss, unknown, step.gradient, 1, step.state, unknown)
+
+    record = trainer(regularizer=Unknown(0)).fit().last
+    assert math.isnan(record["penalty"]) and math.isnan(record["ratio"]) and math.isfinite(record["loss"])
+
+
+# ---------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize("name", ["sgd", "sam"])
+def test_clipping_bounds_the_whole_gradient(name):
+    """The step is ``lr·g·min(1, c/‖g‖)``, g the gradient of loss and regulariser over all parameters."""
+    free, clipped = bn_mlp(), bn_mlp()
+    before = parameters(free)
+    for net, max_norm in ((free, None), (clipped, 0.05)):
+        trainer(name, net=net, optimizer=sgd(lr=1.0), epoch=lambda g: [(X, Y)], epochs=1, max_norm=max_norm).fit()
+    moved, bounded = (P.combine(1.0, parameters(net), -1.0, before) for net in (free, clipped))
+    norm = float(P.norm(moved))
+    assert norm > 0.1 and float(P.norm(bounded)) == pytest.approx(0.05, rel=1e-4)
+    assert_close(bounded, P.scaled(moved, 0.05 / norm), 1e-4)
+
+
+def test_a_bound_that_no_gradient_reaches_changes_nothing():
+    assert trainer(max_norm=1e6).fit().history == trainer().fit().history
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf])
+def test_a_bad_bound_is_refused_in_one_line(bound):
+    with pytest.raises(InputError, match="max_norm") as caught:
+        trainer(max_norm=bound)
+    one_line(caught.value)
+
+
+# ---------------------------------------------------------------- averages
+
+
+class Half:
+    """``m ← (m + θ)/2``, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def init(self, module: nn.Module) -> dict[str, Tensor]:
+        return dict(parameters(module).items())
+
+    def update(self, module: nn.Module, state: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        self.steps.append(step)
+        return {k: 0.5 * (state[k] + p) for k, p in parameters(module).items()}
+
+    @contextmanager
+    def applied(self, module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+        own = parameters(module)
+        for k, p in P.live(module).items():
+            p.copy_(state[k])
+        yield
+        for k, p in P.live(module).items():
+            p.copy_(own[k])
+
+
+def test_averages_follow_every_step_and_are_evaluated(tmp_path):
+    half, seen, net = Half(), [], bn_mlp()
+    made = trainer(net=net, averages={"half": half}, on_step=lambda e, s: seen.append(parameters(net)))
+    start = parameters(net)
+    history = made.fit().history
+    assert half.steps == list(range(1, EPOCHS * STEPS + 1))
+    mean = start
+    for theta in seen:
+        mean = P.pmap(lambda m, p: 0.5 * (m + p), mean, theta)
+    assert_same(dict(mean.items()), dict(made.checkpoint()["averages"]["half"]))
+    added = {"half_test_loss", "half_test_accuracy"}
+    assert all(set(record) == KEYS | added for record in history)
+    assert [{k: v for k, v in r.items() if k not in added} for r in history] == trainer().fit().history
+    with half.applied(net, dict(mean.items())):
+        assert evaluate(net, cross_entropy, [TEST])["loss"] == history[-1]["half_test_loss"]
+
+
+def test_averages_are_resumed(tmp_path):
+    resumed(
+        tmp_path, stop_at(1, 2),
+        lambda **options: trainer(averages={"half": Half()}, checkpoint_steps=1, **options),
+    )
+    with pytest.raises(InputError, match="averages") as caught:
+        trainer(folder=RunFolder(tmp_path / "whole"), resume=True).fit()
+    one_line(caught.value)
+
+
+# ---------------------------------------------------------------- trackers
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_tracker_adds_to_the_record_and_disturbs_nothing(tmp_path, every):
+    contexts: list[TrackingContext] = []
+
+    def nosy(module: nn.Module, context: TrackingContext) -> dict[str, float]:
+        contexts.append(context)
+        torch.rand(3), random.random(), np.random.rand()
+        return {"size": float(P.norm(parameters(module))), "draw": float(torch.rand((), generator=context.generator))}
+
+    plain = trainer("sgds-1").fit().history
+    watched = trainer("sgds-1", trackers={"nosy": nosy}, track_every=every, folder=folder(tmp_path)).fit().history
+    assert [{k: v for k, v in r.items() if k not in ("size", "draw")} for r in watched] == plain
+    tracked = [r for r in watched if "size" in r]
+    assert [r["epoch"] for r in tracked] == [c.epoch for c in contexts] == list(range(every, EPOCHS + 1, every))
+    for record, context in zip(tracked, contexts, strict=True):
+        assert record["size"] == pytest.approx(record["parameter_norm"], rel=1e-6)
+        assert context.parameter_norm == record["parameter_norm"] and context.steps == record["steps"]
+        assert context.lr == record["lr"] and context.weight == record["weight"]
+        assert set(context.record) == KEYS
+    assert len({r["draw"] for r in tracked}) == len(tracked)
+    timing = read_lines(tmp_path / TIMING)
+    assert [t["epoch"] for t in timing if t.get("tracking_seconds", 0) > 0] == [r["epoch"] for r in tracked]
+    assert not [k for r in watched for k in r if "second" in k]
+
+
+def test_tracking_is_resumed_with_the_same_draws(tmp_path):
+    def draw(module: nn.Module, context: TrackingContext) -> dict[str, float]:
+        return {"draw": float(torch.rand((), generator=context.generator))}
+
+    resumed(tmp_path, stop_at(2, 1), lambda **options: trainer(trackers={"a": draw}, checkpoint_steps=1, **options))
+
+
+def test_two_numbers_of_one_name_are_refused_in_one_line():
+    for settings in (
+        {"trackers": {"mine": lambda module, context: {"loss": 0.0}}},
+        {"evaluations": {"a": lambda m: {"b_c": 0.0}, "a_b": lambda m: {"c": 0.0}}},
+        {"evaluations": {"test": lambda m: {"loss": 0.0}, "half_test": lambda m: {"loss": 0.0}},
+         "averages": {"half": Half()}},
+    ):
+        with pytest.raises(InputError, match="record holds already") as caught:
+            trainer(**settings).fit()
+        one_line(caught.value)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5])
+def test_track_every_is_a_whole_number_of_at_least_one(every):
+    with pytest.raises(InputError, match="track_every"):
+        trainer(track_every=every)
