@@ -333,7 +333,7 @@ def own_device(device: str) -> torch.device:
     if count == 1 or named.type == "cpu":
         return named
     if named.index is not None:
-        raise InputError(f"device={device!r} for {count} ranks; expected {named.type!r}, of which each rank takes its own")
+        raise InputError(f"device={device!r} for {count} ranks; expected {named.type!r}: each rank takes its own")
     if named.type == "cuda" and local >= torch.cuda.device_count():
         raise InputError(f"device={device!r} for local rank {local}; there are {torch.cuda.device_count()} GPUs: start "
                          "fewer processes on this machine")

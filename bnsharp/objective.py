@@ -262,7 +262,7 @@ def check_parts(
     tolerance = 1e3 * torch.finfo(whole.dtype).eps * (1 + float(whole.abs()))
     if bool(whole.isfinite()) and float((whole - parts).abs()) > tolerance:
         raise InputError(
-            f"the loss of a batch is {float(whole):.6g} in one process and {float(parts):.6g} over {ranks.count} ranks; "
+            f"the loss of a batch is {float(whole):.6g} in one process, {float(parts):.6g} over {ranks.count} ranks; "
             "expected a criterion that is a mean over examples, and no statistics of the batch but those of PyTorch's "
             "batch normalization: use one process, or directions='local', in which each part is a batch of its own"
         )

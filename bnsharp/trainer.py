@@ -81,9 +81,9 @@ class Trainer:
         engine: how several perturbed points of one step are evaluated; one engine for the whole run.
         ranks: processes that train together (:func:`bnsharp.distributed.joined`): each draws the same batches and takes
             its part of every one. Rank 0 alone is given a folder.
-        directions: ``"synchronised"``: steps are those of one process on the whole batches, up to rounding; ``"local"``:
-            each rank takes a step on its part, with its own batch statistics and directions, and their gradients are
-            averaged (m-SAM). Running statistics and the regulariser's state are averaged too.
+        directions: ``"synchronised"``: steps are those of one process on the whole batches, up to rounding;
+            ``"local"``: each rank takes a step on its part, with its own batch statistics and directions, and their
+            gradients are averaged (m-SAM). Running statistics and the regulariser's state are averaged too.
         on_step: called with ``(epoch, step)`` after each step, for progress displays.
         on_epoch: called with each epoch's record.
 
@@ -253,7 +253,7 @@ class Trainer:
         return self.ranks.share(batch)
 
     def _meet(self) -> None:
-        """Statistics that each rank took on its own parts become their mean, the same on all; parameters are already."""
+        """Statistics that each rank took on its own parts become their mean on all; parameters are the same already."""
         averages = [t for state in self._run.averages.values() for t in state.values()]
         self.ranks.unify_([*P.unwrap(self.module).buffers(), *averages])
         self.ranks.check_equal(self.params, f"after {self._run.where}")

@@ -43,8 +43,8 @@ class Term:
         loss: ``θ ↦ L_b(θ)``, the batch's mean loss.
         output: ``θ ↦ z``, the network's output, where the loss is ``criterion(z)``; None for a plain function.
         criterion: ``z ↦ L_b``.
-        total: where several processes hold parts of the batch: what ``criterion`` or a form of it gives on this one's part
-            ↦ the batch's; None where one process holds all of it.
+        total: where several processes hold parts of the batch: what ``criterion`` or a form of it gives on this one's
+            part ↦ the batch's; None where one process holds all of it.
     """
 
     weight: float

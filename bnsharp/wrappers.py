@@ -73,7 +73,7 @@ class Chunked:
             self.inner.step(list(row), params, weight=weight, state=state, generator=generator)
             for row in zip(*columns, strict=True)
         ]
-        sizes = [float(part.batch_size or 1) for part in columns[0]]
+        sizes = [float(part.examples or 1) for part in columns[0]]  # over all ranks, where several hold a chunk
         shares = [size / sum(sizes) for size in sizes]
 
         def mean(values: Sequence[Tensor]) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import typer
@@ -17,31 +21,52 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
+
+
+def alone(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that several processes would each run as a whole: refused there."""
+
+    @functools.wraps(command)
+    def checked(*arguments: Any, **options: Any) -> None:
+        from bnsharp.errors import InputError
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+            raise InputError("several processes were started; expected one: only train runs in several")
+        command(*arguments, **options)
+
+    return checked
+
+
+app.command("demo")(alone(demo.demo))
 app.command("train")(train.train)
-app.command("measure")(measure.measure)
-app.command("invariance")(invariance.invariance)
-app.command("groups")(groups.groups)
-app.command("list")(listing.listing)
+app.command("measure")(alone(measure.measure))
+app.command("invariance")(alone(invariance.invariance))
+app.command("groups")(alone(groups.groups))
+app.command("list")(alone(listing.listing))
 
 
 _python_shows = warnings.showwarning
 
 
 def main() -> None:
-    """Run the command line: exit code 0 on success, 2 on bad usage with one line, 1 where training failed."""
-    from bnsharp.errors import DataError, DivergedError, InputError, Notice, StorageError
+    """Run the command line: exit code 0 on success, 2 on bad usage with one line, 1 where training failed.
+
+    Of several processes (``torchrun``) the first speaks for all, except about what befell one alone.
+    """
+    from bnsharp.errors import DataError, DivergedError, InputError, Notice, RankLostError, StorageError
 
     code: object = 0
     try:
-        with warnings.catch_warnings():
+        with _quiet_unless_first(), warnings.catch_warnings():
             warnings.simplefilter("always", Notice)
             warnings.showwarning = _show
             code = app(standalone_mode=False)
     except InputError as error:
         _stop(str(error), 2)
-    except (DivergedError, StorageError, DataError) as error:
+    except DivergedError as error:
         _stop(f"training stopped: {error}", 1)
+    except (StorageError, DataError, RankLostError) as error:
+        _stop(f"training stopped: {error}", 1, everywhere=True)
     except OSError as error:
         # a folder that cannot be made or written, a full disk
         _stop(f"{error.filename or 'a file'}: {error.strerror or error}; expected a path that can be used", 2)
@@ -59,8 +84,22 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _stop(line: str, code: int) -> NoReturn:
-    print(f"bnsharp: {line}", file=sys.stderr)
+def _is_first() -> bool:
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _quiet_unless_first() -> Iterator[None]:
+    if _is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _stop(line: str, code: int, everywhere: bool = False) -> NoReturn:
+    if everywhere or _is_first():
+        print(f"bnsharp: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

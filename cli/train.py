@@ -31,6 +31,7 @@ def train(
     """Train a network with a named algorithm into a run folder: configuration, metrics, timing, checkpoint, summary."""
     from bnsharp.checkpoint import CHECKPOINT, RunFolder
     from bnsharp.cli.display import console, dashboard, load_progress, table
+    from bnsharp.distributed import joined
     from bnsharp.errors import InputError, Interrupted, Terminated
     from bnsharp.experiments.config import make_config
     from bnsharp.experiments.run import train as run
@@ -43,7 +44,10 @@ def train(
     config = make_config({**values, **{k: v for k, v in given.items() if v is not None}}, set_)
     name = f"{Path(config.data).name}-{config.model.replace(':', '-')}-{config.algorithm}-{config.seed}"
     where, tracked = out or Path("runs") / name, Latest()
-    with dashboard(f"{config.algorithm} on {Path(config.data).name}", config.epochs) as screen:
+    with (
+        joined(config.device) as ranks,
+        dashboard(f"{config.algorithm} on {Path(config.data).name}", config.epochs) as screen,
+    ):
 
         def on_epoch(record: dict[str, Any]) -> None:
             tracked.see(record)
@@ -51,7 +55,7 @@ def train(
 
         try:
             _, result = run(
-                config, where, resume=resume, overwrite=overwrite, on_start=screen.bar.start,
+                config, where, resume=resume, overwrite=overwrite, ranks=ranks, on_start=screen.bar.start,
                 on_step=lambda epoch, step: screen.bar.advance(1), on_epoch=on_epoch,
                 progress=load_progress("reading images"),
             )
@@ -62,6 +66,8 @@ def train(
             kept = "the last checkpoint is kept" if (where / CHECKPOINT).exists() else "nothing was saved yet"
             typer.echo(f"bnsharp: stopped at once; {kept} in {where}: go on with --resume", err=True)
             raise typer.Exit(130) from None
+    if not ranks.is_first:
+        return
     record, spent = result.last, cost(RunFolder(where))
     for each in result.history:
         tracked.see(each)

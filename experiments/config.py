@@ -28,6 +28,9 @@ class RunConfig(BaseModel):
         reestimate_batches: before each evaluation running statistics are rebuilt over the first so many training
             batches, without augmentation; training goes on with its own.
         channels_last: memory format of a convolutional network and its batches.
+        ranks: processes that train together, as many as were started (torchrun); None accepts any number.
+        rank_directions: ``"synchronised"`` is one process on the whole batch, up to rounding; ``"local"`` averages the
+            steps that each rank takes on its part (m-SAM).
         tensorboard: write every epoch's numbers as scalars to ``tensorboard/`` in the run folder.
         track: measures taken every ``track_every`` epochs (1) on the first ``track_examples`` training examples (at
             most 2000 by default), with ``track_options`` (measure → options).
@@ -65,6 +68,8 @@ class RunConfig(BaseModel):
     checkpoint_every: int = Field(default=1, ge=1)
     checkpoint_steps: int | None = Field(default=None, ge=1)
     engine: Literal["loop", "vmap"] = "loop"
+    ranks: int | None = Field(default=None, ge=1)
+    rank_directions: Literal["synchronised", "local"] = "synchronised"
     tensorboard: bool = False
     track: list[str] = Field(default_factory=list)
     track_every: int | None = Field(default=None, ge=1)

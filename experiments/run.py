@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from bnsharp.checkpoint import SUMMARY, RunFolder
 from bnsharp.checkpoint import load as load_checkpoint
 from bnsharp.checks import flag, unknown, whole
 from bnsharp.data import ImageData, epoch_indices, load
+from bnsharp.distributed import SINGLE, SMALLEST_SHARE, Ranks, own_device
 from bnsharp.errors import InputError
 from bnsharp.experiments import recipe, recording, tracking
 from bnsharp.experiments.config import DATA_OPTIONS, RunConfig
@@ -31,6 +32,8 @@ from bnsharp.training_objective import TrainingObjective
 
 MAY_DIFFER = ("versions", "threads", "checkpoint_every", "checkpoint_steps", "tensorboard")
 """What a resumed run may change: none of it is meant to change the numbers."""
+MAY_DIFFER_FOR: dict[str, tuple[str, ...]] = {"synchronised": ("ranks",), "local": ()}
+"""… and for the directions of ranks: local ones are another algorithm for another number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,10 @@ def versions() -> dict[str, str]:
 def device_of(config: RunConfig) -> torch.device:
     """The device, or an error that says what there is."""
     try:
-        device = torch.device(config.device)
+        device = own_device(config.device)
         torch.zeros(1, device=device)
+    except InputError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={config.device!r} cannot be used here; expected 'cpu' or a device that exists "
                          f"({str(error).splitlines()[0][:80]})") from error
@@ -155,6 +160,7 @@ def trainer(
     folder: RunFolder | None = None,
     *,
     resume: bool = False,
+    ranks: Ranks = SINGLE,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trainer:
@@ -180,7 +186,7 @@ def trainer(
         track_every=config.track_every or 1,
         seed=config.seed, folder=folder, checkpoint_every=config.checkpoint_every,
         checkpoint_steps=config.checkpoint_steps, resume=resume,
-        engine=config.engine, on_step=on_step, on_epoch=on_epoch,
+        engine=config.engine, ranks=ranks, directions=config.rank_directions, on_step=on_step, on_epoch=on_epoch,
     )
 
 
@@ -189,7 +195,7 @@ def steps_per_epoch(prepared: Prepared) -> int:
     return max(1, len(prepared.data.train_labels) // prepared.config.batch_size)
 
 
-def stored_config(prepared: Prepared) -> dict[str, Any]:
+def stored_config(prepared: Prepared, ranks: Ranks = SINGLE) -> dict[str, Any]:
     """What ``config.json`` holds: the configuration with every default, the algorithm's options, and the versions."""
     config = prepared.config.model_dump()
     config["algorithm_options"] = prepared.algorithm.options
@@ -197,6 +203,7 @@ def stored_config(prepared: Prepared) -> dict[str, Any]:
         config["track_every"] = prepared.config.track_every or 1
         config["track_examples"] = tracking.tracked_examples(prepared.config, prepared.data)
         config["track_options"] = tracking.tracked_options(prepared.config)
+    config["ranks"] = ranks.count
     config["threads"] = torch.get_num_threads() if config["threads"] is None else config["threads"]
     return {**config, "versions": versions()}
 
@@ -208,25 +215,30 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     data: ImageData | None = None,
+    ranks: Ranks = SINGLE,
     on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Prepared, Result]:
-    """Run a configuration into a run folder.
+    """Run a configuration into a run folder, which rank 0 of several alone writes.
 
     Raises:
         InputError: bad configuration, or a folder that holds a run already or that another process writes; nothing
             is written then.
-        DivergedError, StorageError, DataError, Interrupted, Terminated: see :class:`bnsharp.trainer.Trainer`.
+        DivergedError, StorageError, DataError, Interrupted, Terminated, RankLostError: see
+            :class:`bnsharp.trainer.Trainer`.
     """
+    check_ranks(config, ranks)
     folder, threads = RunFolder(Path(out)), config.threads
-    if threads is None and resume and folder.exists():
-        threads = folder.config().get("threads")  # the same bytes as without the interruption
+    if threads is None and resume:  # the same bytes as without the interruption
+        threads = ranks.from_first(lambda: folder.config().get("threads") if folder.exists() else None)
     if threads is not None:
         torch.set_num_threads(threads)
-    folder.check_free(overwrite=overwrite or resume)
+    ranks.from_first(lambda: folder.check_free(overwrite=overwrite or resume))
     scalars = recording.Scalars() if config.tensorboard else None
+    if data is None and config.data_options.get("download"):
+        data = ranks.first_then_all(lambda: load_data(config, progress))
     prepared = prepare(config, data, progress)
 
     def finished(record: dict[str, Any]) -> None:
@@ -235,21 +247,41 @@ def train(
         if on_epoch is not None:
             on_epoch(record)
 
-    run = trainer(prepared, resume=resume, on_step=on_step, on_epoch=finished)
-    stored = stored_config(prepared)
-    with folder.locked():
-        if resume:
-            folder.go_on(stored, MAY_DIFFER)
-        else:
-            folder.start(stored, overwrite=overwrite)
-            recording.clear(folder.path)
-        run.folder = folder
+    run = trainer(prepared, resume=resume, ranks=ranks, on_step=on_step, on_epoch=finished)
+    stored = stored_config(prepared, ranks)
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(folder.locked())
+            if resume:
+                folder.go_on(stored, MAY_DIFFER + MAY_DIFFER_FOR[config.rank_directions])
+            else:
+                folder.start(stored, overwrite=overwrite)
+                recording.clear(folder.path)
+            run.folder = folder
+
+        ranks.from_first(claim)
         if on_start is not None:
             on_start(steps_per_epoch(prepared) * config.epochs)
-        with closing(scalars) if scalars is not None else nullcontext():
-            result = run.fit()
-        folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
+        if scalars is not None:
+            stack.enter_context(closing(scalars))
+        result = run.fit()
+        if ranks.is_first:
+            folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
     return prepared, result
+
+
+def check_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """Raise :class:`InputError` unless the job has the processes that the configuration asks for, all with work."""
+    if config.ranks not in (None, ranks.count):
+        raise InputError(f"ranks={config.ranks} and {ranks.count} process(es) were started; expected as many: start "
+                         f"the command by torchrun --nproc-per-node {config.ranks}")
+    if ranks.count > 1 and config.batch_size < SMALLEST_SHARE * ranks.count:
+        raise InputError(f"batch_size={config.batch_size} for {ranks.count} ranks; expected at least "
+                         f"{SMALLEST_SHARE * ranks.count}: batch statistics need two examples on each rank")
+    if ranks.count == 1 and config.rank_directions != "synchronised":
+        raise InputError(f"rank_directions={config.rank_directions!r} in one process; expected several, started by "
+                         "torchrun, or algorithm=m-sam, which cuts its batches in chunks")
 
 
 def read_run(path: str | Path, checkpoint: Path | None = None) -> tuple[RunConfig, nn.Module, ImageData]:

@@ -1,26 +1,29 @@
-"""What several ranks do at once in ``test_distributed.py``, each in a process of its own, and one process for comparison.
+"""What several ranks do at once in ``test_distributed.py``, each in a process of its own; one process for comparison.
 
 A piece of work is a function of the ranks that gives tensors; one process gives what all of them should.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from helpers import bn_conv, cross_entropy, examples
+from helpers import HomeMadeNorm, bn_conv, bn_mlp, cross_entropy, examples
 from torch import Tensor, nn
 
-from bnsharp import Objective, measures, parameters, scale_groups
+from bnsharp import Objective, Trainer, measures, parameters, scale_groups
 from bnsharp import params as P
-from bnsharp.distributed import SINGLE, Ranks, joined
-from bnsharp.objective import ModuleObjective
+from bnsharp.algorithms import algorithm
+from bnsharp.distributed import Ranks, joined
+from bnsharp.objective import check_parts
 from bnsharp.synchronised import synchronised
+from bnsharp.trainer import evaluate
 
 Work = Callable[[Ranks], dict[str, Any]]
 
@@ -169,10 +172,10 @@ def evaluations(ranks: Ranks) -> dict[str, Any]:
         user = torch.autograd.grad(loss, list(leaves.values()))
         result[engine] = {
             "loss": loss.detach(), "value": value, "gradient": flat(gradient), "values": values,
-            "gradients": {k: g for k, g in gradients.items()}, "losses": made.many(points).detach(),
+            "gradients": dict(gradients.items()), "losses": made.many(points).detach(),
             "by batch": [a.detach() for a in made.many_by_batch(points)], "hessian": flat(made.hessian(theta)(v)),
             "user's": torch.cat([g.reshape(-1) for g in user]),
-            "weighted": {k: g for k, g in made.weighted_gradients(points, values.new_tensor([[1.0, -2.0, 1.0]])).items()},
+            "weighted": dict(made.weighted_gradients(points, values.new_tensor([[1.0, -2.0, 1.0]])).items()),
         }
         result[engine]["seen"] = torch.tensor([made.batches_seen, made.examples or 0, made.batch_size or 0])
     return result
@@ -190,9 +193,9 @@ def measured(ranks: Ranks) -> dict[str, Any]:
         net, theta = made.module, parameters(made.module)
         groups = scale_groups(net, examples(8, (2, 6, 6), 5, dtype)[0])
         chosen = {
-            "bn_sharpness": measures.bn_sharpness(groups, delta=0.05, steps=3), "gaussian": measures.gaussian(sigma=0.05, draws=5),
-            "hessian_trace": measures.hessian_trace(draws=4), "hessian_top": measures.hessian_top(iterations=15),
-            "fisher_rao": measures.fisher_rao(),
+            "bn_sharpness": measures.bn_sharpness(groups, delta=0.05, steps=2, restarts=0),
+            "gaussian": measures.gaussian(sigma=0.05, draws=3), "hessian_trace": measures.hessian_trace(draws=3),
+            "hessian_top": measures.hessian_top(iterations=12, certify=0), "fisher_rao": measures.fisher_rao(),
         }
         for name, measure in chosen.items():
             estimate = measure(made, theta)
@@ -209,7 +212,8 @@ def measured(ranks: Ranks) -> dict[str, Any]:
 def uneven(ranks: Ranks) -> dict[str, Any]:
     """Ranks with different numbers of batches: the same line on all."""
     batches = [examples(8, (2, 6, 6)), examples(6, (2, 6, 6))]
-    made = Objective(deep(torch.float32), cross_entropy, [ranks.share(b) for b in batches[: 2 - ranks.index]], ranks=ranks)
+    own = [ranks.share(b) for b in batches[: 2 - ranks.index]]
+    made = Objective(deep(torch.float32), cross_entropy, own, ranks=ranks)
     try:
         made(parameters(made.module))
     except ValueError as error:
@@ -217,4 +221,108 @@ def uneven(ranks: Ranks) -> dict[str, Any]:
     return {}
 
 
-__all__ = ["SINGLE", "ModuleObjective"]
+def refused(ranks: Ranks) -> dict[str, Any]:
+    """Losses that are no mean over examples, and statistics that are not PyTorch's."""
+    x, y = examples(40)
+    weighted = nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 0.1]))
+    torch.manual_seed(0)
+    plain, home_made = bn_mlp(), nn.Sequential(nn.Linear(5, 4), HomeMadeNorm(4), nn.Linear(4, 3))
+    check_parts(plain, cross_entropy, (x, y), ranks)
+    told = {}
+    for name, (net, criterion) in {"weighted": (plain, weighted), "home-made": (home_made, cross_entropy)}.items():
+        try:
+            check_parts(net, criterion, (x, y), ranks)
+        except ValueError as error:
+            told[name] = str(error)
+    return told
+
+
+# ---------------------------------------------------------------- training
+
+BATCH, STEPS = 9, 10
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("sgd", {}), "sgds-5": ("sgds-5", {"delta": 0.02}), "entropy-sgd": ("entropy-sgd", {"inner_steps": 3}),
+    "fresh batches": ("sgds-1", {"independent_batch": True}), "chunks": ("m-sam", {"chunks": 2}),
+}
+
+
+def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ten batches of nine of ninety images, shuffled and augmented."""
+    x, y = examples(STEPS * BATCH, (2, 6, 6))
+    for indices in torch.randperm(len(x), generator=generator).split(BATCH):
+        yield x[indices] + 0.01 * torch.randn(len(indices), 2, 6, 6, generator=generator), y[indices]
+
+
+def trainer(ranks: Ranks, name: str, options: dict[str, Any], net: nn.Module, **settings: Any) -> Trainer:
+    chosen = algorithm(name, scale_groups(net, examples(8, (2, 6, 6), 5)[0]), **options)
+    settings = {"epochs": 1, **settings}
+    return Trainer(
+        net, cross_entropy, batches, optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        regularizer=chosen.regularizer, weight=chosen.weight, other_batches=chosen.other_batches, seed=3, ranks=ranks,
+        evaluations={"test": lambda module: evaluate(module, cross_entropy, [examples(20, (2, 6, 6), 9)])}, **settings,
+    )
+
+
+def trained(ranks: Ranks) -> dict[str, Any]:
+    """Records and networks after ten steps by each algorithm."""
+    result = {}
+    for key, (name, options) in ALGORITHMS.items():
+        net = deep(torch.float32)
+        history = trainer(ranks, name, options, net).fit().history
+        result[key] = {"state": net.state_dict(), "record": history[-1]}
+    return result
+
+
+def local(ranks: Ranks) -> dict[str, Any]:
+    """Directions of each rank's own: SAM, BN-Sharpness from random directions, steps that remember."""
+    result = {}
+    for key, name, options in (("sam", "sam", {"rho": 0.1}), ("noise", "smoothout", {}), ("state", "friendly-sam", {})):
+        net = deep(torch.float64 if key == "sam" else torch.float32)
+        made = trainer(ranks, name, options, net, directions="local")
+        if key == "sam":
+            made.epoch = lambda generator: ((x.double(), y) for x, y in batches(generator))
+            made.evaluations = {}
+        record = made.fit().last
+        result[key] = {"state": net.state_dict(), "record": record, "regularizer": made.checkpoint()["regularizer"]}
+    return result
+
+
+def m_sam_by_hand(parts: int, rho: float = 0.1) -> dict[str, Tensor]:
+    """Ten steps of m-SAM in float64: every chunk its own statistics and ε, gradients averaged; plain PyTorch."""
+    nets = [deep(torch.float64) for _ in range(parts)]
+    momenta = [torch.zeros_like(p) for p in nets[0].parameters()]
+    for x, y in batches(torch.Generator().manual_seed(12)):
+        total = [torch.zeros_like(p) for p in nets[0].parameters()]
+        for net, cx, cy in zip(nets, x.double().tensor_split(parts), y.tensor_split(parts), strict=True):
+            params, kept = list(net.parameters()), copy.deepcopy(dict(net.named_buffers()))
+            net.train()
+            first = torch.autograd.grad(cross_entropy(net(cx), cy), params)
+            moved = copy.deepcopy(net)
+            norm = torch.sqrt(sum((g**2).sum() for g in first))  # type: ignore[arg-type]
+            with torch.no_grad():
+                for p, g in zip(moved.parameters(), first, strict=True):
+                    p.add_(rho * g / norm)
+            second = torch.autograd.grad(cross_entropy(moved(cx), cy), list(moved.parameters()))
+            total = [t + len(cx) / len(x) * g for t, g in zip(total, second, strict=True)]
+            assert not torch.equal(kept["1.running_mean"], net.get_buffer("1.running_mean"))
+        momenta = [0.9 * m + t for m, t in zip(momenta, total, strict=True)]
+        with torch.no_grad():
+            for net in nets:
+                for p, m in zip(net.parameters(), momenta, strict=True):
+                    p.sub_(0.05 * m)
+    states = [net.state_dict() for net in nets]
+    return {k: sum(s[k] for s in states) / parts for k in states[0]}  # type: ignore[misc]
+
+
+def masks(ranks: Ranks) -> dict[str, Any]:
+    """What dropout draws in two steps, and a run with dropout."""
+    device = torch.device("cpu")
+    drawn = []
+    for step in (0, 1, 0):
+        with ranks.masks(3, step, device):
+            drawn.append(nn.functional.dropout(torch.ones(40)))
+    net, x_y = bn_mlp(), examples(18)
+    made = Trainer(net, cross_entropy, lambda g: [x_y, examples(9, seed=4)], seed=1, ranks=ranks, epochs=2,
+                   optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    made.fit()
+    return {"drawn": torch.stack(drawn), "state": net.state_dict(), "common": torch.rand(3)}
