@@ -48,9 +48,9 @@ def m_sam(name: str, *, rho: float = 0.05, chunks: int = 4, weight: float = 1.0)
     return always(name, R.m_sam(rho=rho, chunks=chunks), weight)
 
 
-@family("wsam", "SAM with the sharpness weighted by gamma/(1 - gamma)", "Yue et al. 2023")
-def wsam(name: str, *, rho: float = 0.05, gamma: float = 0.9) -> Algorithm:
-    return always(name, R.sam(rho=rho), R.wsam_weight(gamma))
+@family("wsam", "SAM with the sharpness weighted by wsam_gamma/(1 - wsam_gamma)", "Yue et al. 2023")
+def wsam(name: str, *, rho: float = 0.05, wsam_gamma: float = 0.9) -> Algorithm:
+    return always(name, R.sam(rho=rho), R.wsam_weight(wsam_gamma))
 
 
 @family("friendly-sam", "SAM along what the gradient has beyond its running average", "Li et al. 2024")
@@ -72,8 +72,9 @@ _ONE_GRADIENT = {
 
 
 @family("msam", "one gradient per step, beside momentum's next point", "Becker et al. 2024", refuses=_ONE_GRADIENT)
-def momentum_sam(name: str, *, rho: float = 0.3, momentum: float = 0.9) -> Algorithm:
-    return always(name, R.msam(rho=rho, momentum=momentum))
+def momentum_sam(name: str, *, rho: float = 0.3, averaging: float = 0.9) -> Algorithm:
+    """``averaging`` is the optimizer's momentum in the publication."""
+    return always(name, R.msam(rho=rho, momentum=averaging))
 
 
 # ---------------------------------------------------------------- BN-Sharpness
@@ -236,7 +237,7 @@ def entropy_sgd(
     name: str,
     *,
     inner_steps: int = 20,
-    gamma: float = 1e-4,
+    entropy_gamma: float = 1e-4,
     scoping: float = 1e-3,
     noise: float = 1e-4,
     inner_lr: float = 0.1,
@@ -248,7 +249,7 @@ def entropy_sgd(
 ) -> Algorithm:
     flag("fresh_batches", fresh_batches)
     entropy = R.LocalEntropy(
-        inner_steps, gamma, scoping, noise, inner_lr, averaging, inner_momentum, nesterov, inner_decay
+        inner_steps, entropy_gamma, scoping, noise, inner_lr, averaging, inner_momentum, nesterov, inner_decay
     )
     return always(name, entropy, other_batches=max(inner_steps - 1, 0) if fresh_batches else 0)
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from bnsharp.cli import demo, groups, invariance, listing, measure, train
+from bnsharp.cli import compare, demo, groups, invariance, listing, measure, train
 
 app = typer.Typer(
     name="bnsharp",
@@ -39,6 +39,7 @@ def alone(command: Callable[..., None]) -> Callable[..., None]:
 
 app.command("demo")(alone(demo.demo))
 app.command("train")(train.train)
+app.command("compare")(alone(compare.compare))
 app.command("measure")(alone(measure.measure))
 app.command("invariance")(alone(invariance.invariance))
 app.command("groups")(alone(groups.groups))

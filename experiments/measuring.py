@@ -101,8 +101,34 @@ def before_and_after(
     return result
 
 
-PARTS = 5
-"""How often :func:`before_and_after` ticks."""
+def sharpness(
+    module: nn.Module,
+    data: ImageData,
+    groups: ScaleGroups,
+    *,
+    delta: float,
+    steps: int,
+    restarts: int,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """BN-Sharpness and λ_max as :func:`before_and_after` takes them, of the network as it is."""
+    objective, theta = objective_of(module, data, dtype=torch.float64), doubled(module)
+    taken = {
+        "bn_sharpness": measures.bn_sharpness(groups, delta=delta, steps=steps, restarts=restarts),
+        "hessian_top": measures.hessian_top(certify=0),
+    }
+    result: dict[str, Any] = {}
+    with exact_norms(module):
+        for name, measure in taken.items():
+            estimate = measure(objective, theta, P.seeded(seed, P.first(theta).device))
+            result |= {name: estimate.value, f"{name}_error": estimate.error}
+            tick()
+    return result
+
+
+PARTS = {"before_and_after": 5, "sharpness": 2}
+"""How often each of these functions ticks."""
 
 
 def options_for(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -32,6 +33,10 @@ class Task:
     """Training steps, for the progress bar."""
     cost: int = 1
     """Gradients per step, for the progress bar and to start the longest runs first."""
+    measure: str = "before_and_after"
+    """The function of :mod:`bnsharp.experiments.measuring` that measures the trained network."""
+    may_diverge: bool = False
+    """Whether a run that diverges is a result (every number NaN, ``diverged`` says why) and not an error."""
 
 
 MEASURE_UNITS = 350
@@ -42,7 +47,7 @@ def units(task: Task) -> int:
     """Units of work for the progress bar: training steps, and the measuring."""
     from bnsharp.experiments.measuring import PARTS
 
-    return task.steps * task.cost + PARTS * MEASURE_UNITS
+    return task.steps * task.cost + PARTS[task.measure] * MEASURE_UNITS
 
 
 def cores() -> int:
@@ -58,8 +63,9 @@ def run_task(task: Task, tick: Callable[[int], None] = lambda n: None) -> dict[s
     import torch
 
     from bnsharp.checkpoint import METRICS, SUMMARY, TIMING, RunFolder
+    from bnsharp.errors import DivergedError
+    from bnsharp.experiments import measuring
     from bnsharp.experiments.config import RunConfig
-    from bnsharp.experiments.measuring import before_and_after
     from bnsharp.experiments.run import train
 
     torch.set_num_threads(1)
@@ -78,9 +84,15 @@ def run_task(task: Task, tick: Callable[[int], None] = lambda n: None) -> dict[s
             tick(waiting)
             waiting = 0
 
-    prepared, result = train(RunConfig(**task.config), task.folder, resume=True, on_step=on_step)
+    try:
+        prepared, result = train(RunConfig(**task.config), task.folder, resume=True, on_step=on_step)
+    except DivergedError as error:
+        if not task.may_diverge:
+            raise
+        tick(units(task))
+        return _diverged(task, str(error))
     tick(waiting + task.cost * (task.steps - result.steps))
-    values = before_and_after(
+    values = getattr(measuring, task.measure)(
         prepared.module, prepared.data, prepared.groups, seed=prepared.config.seed, tick=lambda: tick(MEASURE_UNITS),
         **task.measuring,
     )
@@ -96,6 +108,13 @@ def _result(task: Task, history: list[dict[str, Any]], timing: list[dict[str, An
         "seconds": sum(t["train_seconds"] for t in timing),
         "test_accuracy": last["test_accuracy"], "gradient_evaluations": last["gradient_evaluations"],
         "curve": [[r["epoch"], r["test_accuracy"]] for r in history], **values,
+    }
+
+
+def _diverged(task: Task, reason: str) -> dict[str, Any]:
+    return {
+        "setting": task.setting, "label": task.label, "seed": task.config["seed"], "diverged": reason, "curve": [],
+        **dict.fromkeys(("seconds", "test_accuracy", "gradient_evaluations"), math.nan),
     }
 
 

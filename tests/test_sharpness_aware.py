@@ -94,7 +94,7 @@ EQUAL_TO_SGD: dict[str, Any] = {
     "Entropy-SGD, L 0": algorithm("entropy-sgd", inner_steps=0),
     "SmoothOut, a 0": algorithm("smoothout", a=0),
     "MSAM, rho 0": algorithm("msam", rho=0),
-    "WSAM, gamma 0": algorithm("wsam", gamma=0),
+    "WSAM, gamma 0": algorithm("wsam", wsam_gamma=0),
 }
 
 
@@ -400,7 +400,7 @@ ONE_LINE: dict[str, tuple[Callable[[Problem], Any], str]] = {
         lambda p: R.Smoothing(Measure(geometry.Euclidean(1.0), Draw(laws.Ball(), 2), profiles.Rise(),
                                       reduce.PowerMean(2.0))), "reduction"),
     "one gradient with a search": (lambda p: R.Averaged(bn_sharpness(p.groups, steps=3)), "Ascend(0)"),
-    "gamma one": (lambda p: algorithm("wsam", gamma=1.0), "gamma"),
+    "gamma one": (lambda p: algorithm("wsam", wsam_gamma=1.0), "gamma"),
     "a measure without slots": (lambda p: algorithm("penalty-largest_sigma", p.groups), "largest_sigma"),
     "an unknown measure": (lambda p: algorithm("penalty-gausian"), "did you mean 'gaussian'"),
     "an unknown option of a measure": (lambda p: algorithm("penalty-gaussian", sigmma=0.1), "did you mean 'sigma'"),
