@@ -157,7 +157,7 @@ family(
     "Yi et al. 2019, with momentum-SAM's economy", refuses=_ONE_GRADIENT,
 )
 def sgds_averaged(
-    name: str, groups: Groups, *, delta: float = 0.12, averaging: float = 0.5, p: float = 2.0, rest: str = "tensor",
+    name: str, groups: Groups, *, delta: float = 0.08, averaging: float = 0.5, p: float = 2.0, rest: str = "tensor",
     descent: bool = False,
 ) -> Algorithm:
     positive("delta", delta)

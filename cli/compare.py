@@ -48,7 +48,7 @@ def compare(
         with progress(f"{len(tasks)} runs", sum(units(t) for t in tasks), "units") as bar:
             results = run_study(tasks, bar.advance, workers)
     except KeyboardInterrupt:
-        typer.echo(f"bnsharp: stopped; finished runs are kept in {where}: the same command goes on from there", err=True)
+        typer.echo(f"bnsharp: stopped; finished runs are kept in {where}: the same command goes on", err=True)
         raise typer.Exit(130) from None
     lines = comparison.summarize(list(chosen), results)
     files = comparison.write(where, lines, results)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnsharp.algorithms import find, options_of
+from bnsharp.algorithms import FAMILIES, find, options_of
 from bnsharp.checkpoint import to_json, write_atomic
 from bnsharp.checks import one_of
 from bnsharp.errors import InputError
@@ -58,7 +58,7 @@ ALGORITHMS: dict[str, Row] = {
     "SGDS-1, warm start": Row("sgds-1", {"warm": True}, cost=3),
     "SGDS-0, tangent": Row("sgds-0", {"gradient": "tangent"}),
     "SGDS-0, exact": Row("sgds-0", {"gradient": "exact", "nodes": 3}, cost=7),
-    "SGDS-averaged": Row("sgds-averaged", {"delta": 0.06}, cost=1),
+    "SGDS-averaged": Row("sgds-averaged", cost=1),
     "SGDS-5, paper λ": Row("sgds-5-paper-lambda", cost=8),
     "SGDS-5, paper δ": Row("sgds-5-paper-delta", cost=8),
     "SmoothOut": Row("smoothout", {"a": 0.05}, cost=1),
@@ -83,14 +83,23 @@ ABLATION: dict[str, Row] = {
     "second batch, 5 steps": Row("sgds-5", {"independent_batch": True}, cost=8),
     "clip 1": Row("sgds-0", {"clip": 1.0}),
     "clip 0.1": Row("sgds-0", {"clip": 0.1}),
-    "averaged direction, 0.5": Row("sgds-averaged", {"averaging": 0.5}, cost=1),
-    "averaged direction, 0.9": Row("sgds-averaged", {"averaging": 0.9}, cost=1),
-    "averaged, descent side": Row("sgds-averaged", {"descent": True}, cost=1),
+    "averaged direction, 0.5": Row("sgds-averaged", {"delta": 0.12, "averaging": 0.5}, cost=1),
+    "averaged direction, 0.9": Row("sgds-averaged", {"delta": 0.12, "averaging": 0.9}, cost=1),
+    "averaged, descent side": Row("sgds-averaged", {"delta": 0.12, "descent": True}, cost=1),
     "the paper's λ, δ = 1e-3, clip 0.1": Row("sgds-0-paper-lambda", cost=3),
 }
 """What matters in SGDS: everything at δ = 0.08 and c = 1 unless said otherwise (averaged directions: δ = 0.12)."""
 
-ROWS: dict[str, Mapping[str, Row]] = {"algorithms": ALGORITHMS, "ablation": ABLATION}
+ROWS: dict[str, Callable[[], dict[str, Row]]] = {
+    "algorithms": lambda: {**ALGORITHMS, **_without_preset()}, "ablation": lambda: dict(ABLATION),
+}
+
+
+def _without_preset() -> dict[str, Row]:
+    """Algorithms that no row of :data:`ALGORITHMS` has, with their defaults."""
+    present = [find(row.algorithm)[0] for row in ALGORITHMS.values()]
+    missing = [name for name, family in FAMILIES.items() if family not in present]
+    return {name: Row(name.replace("-N", "-0")) for name in missing}
 
 
 def parse_row(text: str) -> tuple[str, Row]:
@@ -112,7 +121,7 @@ def parse_row(text: str) -> tuple[str, Row]:
 def rows_of(kind: str, given: Sequence[str]) -> dict[str, Row]:
     """The rows asked for, SGD first; the whole list of that kind where none is."""
     one_of("rows", kind, ROWS)
-    chosen = dict(map(parse_row, given)) if given else dict(ROWS[kind])
+    chosen = dict(map(parse_row, given)) if given else ROWS[kind]()
     base = next((title for title, row in chosen.items() if row == ALGORITHMS[BASELINE] or title == "sgd"), None)
     if base is not None:
         chosen.pop(base)
