@@ -63,6 +63,11 @@ def look_sam(name: str, *, rho: float = 0.05, every: int = 10, alpha: float = 0.
     return always(name, R.look_sam(rho=rho, every=every, alpha=alpha))
 
 
+@family("gsam", "SAM less what of the loss's gradient lies across its own", "Zhuang et al. 2022")
+def gsam(name: str, *, rho: float = 0.05, alpha: float = 0.4) -> Algorithm:
+    return always(name, R.gsam(rho=rho, alpha=alpha))
+
+
 _ONE_GRADIENT = {
     "clip": "with one gradient per step the penalty's own gradient is never known; expected no clip: clip the whole "
             "gradient by max_norm, or take sgds-0",
