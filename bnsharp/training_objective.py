@@ -158,7 +158,7 @@ class TrainingObjective(ModuleObjective):
         self._compiled = P.compiled(module)
         self._trained = {k for k, p in self.module.named_parameters() if p.requires_grad}
         self._places = {} if everywhere else {k: p.data_ptr() for k, p in self.module.named_parameters()}
-        self._draws = Draws() if like is None else like._draws
+        self._draws: Draws = Draws() if like is None else like._draws
         self._begin()
 
     def _begin(self) -> None:
@@ -266,12 +266,12 @@ class TrainingObjective(ModuleObjective):
         return value
 
     def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
-        values = tensors.values()
-        if self._held is None or is_transformed(tensors) or any(v.dtype != self._dtypes[k] for k, v in tensors.items()):
+        converted = any(v.dtype != self._dtypes.get(k) for k, v in tensors.items())
+        if self._held is None or converted or is_transformed(P.make(tensors)):
             return super()._call(tensors, x)
         self._held.enter_context(holding(self.module, tensors))
         positional, named = arguments(x)
-        differentiable = torch.is_grad_enabled() and any(v.requires_grad for v in values)
+        differentiable = torch.is_grad_enabled() and any(v.requires_grad for v in tensors.values())
         module = self._compiled if self._once or not differentiable else self.module
         return module(*positional, **named)
 
@@ -361,7 +361,7 @@ def _has_node(root: Any, name: str) -> bool:
 
 def is_finite(values: Tensor | Params) -> bool:
     """Whether every number of a tensor or a parameter dictionary is finite."""
-    tensors = [values] if isinstance(values, Tensor) else list(values.values())
+    tensors: list[Tensor] = [values] if isinstance(values, Tensor) else list(values.values())
     return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 

@@ -1,4 +1,4 @@
-"""The README's Python snippets run as written, one after the other; its commands and links exist."""
+"""Python snippets of the README and the pages run as written; commands and links exist."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,29 @@ def test_snippets_run_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     (sharp, sharp_rescaled), (noise, noise_rescaled) = [[float(v) for v in pair] for pair in pairs]
     assert sharp_rescaled == pytest.approx(sharp, rel=1e-3)  # float32
     assert abs(noise_rescaled / noise - 1) > 0.1
+
+
+OWN_LOOP = (ROOT / "docs" / "own-loop.md").read_text()
+FIRST, *PARTS = [
+    (heading.splitlines()[0], block)
+    for heading in re.split(r"^##? ", OWN_LOOP, flags=re.M)[1:]
+    for block in re.findall(r"```python\n(.*?)```", heading, flags=re.S)
+]
+OPTIONAL = ("lightning", "timm", "transformers")
+
+
+@pytest.mark.parametrize(("heading", "block"), PARTS, ids=[f"{i} {heading}" for i, (heading, _) in enumerate(PARTS)])
+def test_own_loop_snippets(heading: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each after the first alone; one that needs an optional package is skipped where it is missing."""
+    for package in OPTIONAL:
+        if re.search(rf"^(import|from) {package}\b", block, flags=re.M):
+            pytest.importorskip(package, reason=f"{heading} needs {package}")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for code in (FIRST[1], block):
+        exec(compile(code, "own-loop.md", "exec"), namespace)
+    step = namespace["step"]
+    assert bool(step.loss.isfinite()) and all(bool(g.isfinite().all()) for g in step.gradient.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

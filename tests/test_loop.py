@@ -605,6 +605,107 @@ def test_after_an_error_the_module_is_as_it_was() -> None:
     assert all(p.grad is None for p in net.parameters()) and net[1].running_mean is not None
 
 
+@pytest.mark.parametrize("k", [0, 2])
+def test_costs(k: int) -> None:
+    """The table of docs/own-loop.md: gradients in float32, under autocast, and under autocast throughout."""
+    other = {"other_batches": [examples(64, seed=3)]}
+    table: list[tuple[Any, dict[str, Any], tuple[int, int, int]]] = [
+        (Plain(), {}, (1, 1, 1)),
+        (sam(), {}, (2, 3, 2)),
+        (by_row(steps=k), {}, (2 + k, 3 + k, 2 + k)),
+        (by_row(steps=k), other, (3 + k, 3 + k, 3 + k)),
+        (by_row(steps=k, gradient="central"), {}, (3 + k, 4 + k, 3 + k)),
+        (msam(rho=0.3), {}, (1, 1, 1)),
+    ]
+    for regularizer, options, expected in table:
+        net, passes = wide_mlp(), []
+        net[6].register_forward_hook(lambda m, args, out, passes=passes: passes.append(1))
+        counted = [take(net, regularizer, **options).evaluations]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            counted += [take(net, regularizer, precision=p, **options).evaluations for p in ("float32", "ambient")]
+        assert tuple(counted) == expected and sum(counted) == len(passes), regularizer
+
+
+# ---------------------------------------------------------------- other libraries
+
+
+def test_fabric() -> None:
+    """Names without the wrapper's; in mixed precision the step under plain autocast; outside of it one line."""
+    fabric_module = pytest.importorskip("lightning.fabric", reason="needs lightning")
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    net, twin = wide_mlp(), wide_mlp()
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert P.unwrap(model) is net and P.parameters(model).keys() == P.parameters(net).keys()
+    with pytest.raises(InputError, match=r"fabric\.autocast") as error:
+        take(model, by_row())
+    one_line(error.value)
+    with fabric.autocast():
+        ours = take(model, by_row())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = take(twin, by_row())
+    assert torch.equal(flat(ours.gradient), flat(theirs.gradient)) and torch.equal(grads(net), grads(twin))
+    optimizer.step()
+    assert not torch.equal(net[0].weight, twin[0].weight)
+
+
+def test_fabric_compiled(graphs: Callable[[], int]) -> None:
+    """Fabric takes a compiled module apart and compiles it again around its own strategy: still compiled here."""
+    fabric_module = pytest.importorskip("lightning.fabric", reason="needs lightning")
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
+    model = fabric.setup(torch.compile(wide_mlp(), backend="eager"))
+    ours, theirs = take(model, by_row()), take(wide_mlp(), by_row())
+    torch.testing.assert_close(flat(ours.gradient), flat(theirs.gradient))
+    assert graphs() == 2
+
+
+def tiny_bert(transformers: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, num_labels=3,
+    )).train()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_hugging_face_model(checkpointed: bool) -> None:
+    """Dropout on: SAM's second gradient is the plain loop's at the moved weights under the same seed."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    net = tiny_bert(transformers)
+    if checkpointed:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    encoded = transformers.BatchEncoding({"input_ids": words()[0], "attention_mask": torch.ones(8, 5)})
+    y = words()[1] % 3
+
+    def plain(module: nn.Module) -> Tensor:
+        module.zero_grad(set_to_none=True)
+        torch.manual_seed(7)
+        cross_entropy(module(**encoded).logits, y).backward()
+        return grads(module)
+
+    moved = tiny_bert(transformers)
+    g = plain(moved)
+    with torch.no_grad():
+        for p, d in zip(moved.parameters(), g.split([q.numel() for q in moved.parameters()]), strict=True):
+            p.add_(0.5 * d.reshape(p.shape) / g.norm())
+    torch.manual_seed(7)
+    step = bnsharp.backward(
+        net, lambda out, y: cross_entropy(out.logits, y), (encoded, y), sam(rho=0.5), generator=seeded()
+    )
+    torch.testing.assert_close(grads(net), plain(moved), rtol=1e-4, atol=1e-6)
+    assert step.output.logits.shape == (8, 3) and not step.output.logits.requires_grad
+
+
+def test_hugging_face_reentrant_checkpointing_is_one_line() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    net = tiny_bert(transformers)
+    net.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(InputError, match="use_reentrant=False") as error:
+        bnsharp.backward(
+            net, lambda out, y: cross_entropy(out.logits, y), ({"input_ids": words()[0]}, words()[1] % 3), sam()
+        )
+    one_line(error.value)
+
+
 # ---------------------------------------------------------------- several processes
 
 
