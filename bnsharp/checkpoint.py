@@ -265,5 +265,26 @@ class RunFolder:
             self._rotate = False  # the damaged one must not take the place of the good one
             return payload
 
+    def reopen(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """What a resumed run goes on from: :meth:`recover`, and the records, cut to those that it stands for.
+
+        Raises:
+            InputError: both checkpoints are damaged, or records are missing; nothing is cut then.
+        """
+        payload = self.recover()
+        count = 0 if payload is None else payload.get("epoch")
+        if not isinstance(count, int):
+            raise InputError(f"{self.path / CHECKPOINT} is no checkpoint of a run; expected one that training wrote: "
+                             "measure it, or train again with --overwrite")
+        records = self.records(METRICS)[:count]
+        if len(records) != count:
+            raise InputError(
+                f"{self.path / METRICS} holds {len(records)} records; expected the {count} that the checkpoint stands "
+                "for: train again with --overwrite"
+            )
+        for name in (METRICS, TIMING):
+            self.keep(name, count)
+        return payload, records
+
 
 _FILES = (CONFIG, METRICS, TIMING, CHECKPOINT, PREVIOUS, SUMMARY)

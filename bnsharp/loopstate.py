@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp import randomness
-from bnsharp.errors import InputError
+from bnsharp.errors import DivergedError, InputError, Notice
 from bnsharp.types import State, Step
 
 STREAMS = ("batches", "others", "directions")
@@ -146,3 +148,52 @@ class LoopState:
     def _placed(self, stored: State, fresh: State) -> State:
         """Loaded tensors where a fresh state has them, on the parameters' device where it has none."""
         return {k: v.to(fresh[k].device if k in fresh else self.device) for k, v in stored.items()}
+
+
+def drawn(
+    run: LoopState, epoch: Callable[[torch.Generator], Iterable[Any]], other_batches: int, lr: float
+) -> tuple[Iterator[Any], Iterator[Any]]:
+    """The epoch's batches and an endless second stream, which starts afresh each epoch; past those already used.
+
+    An epoch that was interrupted is drawn again from its random states; batches that come out otherwise are a
+    :class:`bnsharp.errors.Notice`.
+    """
+    now, taken = run.random(), run.sums.steps
+    if taken and run.start is not None:
+        run.set_random(run.start)
+    else:
+        run.begin(lr)
+    others = run.generators["others"]
+    streams = iter(epoch(run.generators["batches"])), itertools.chain.from_iterable(
+        epoch(others) for _ in itertools.count()
+    )
+    if taken:
+        used = zip(streams, (taken, taken * other_batches), strict=True)
+        found = [sum(1 for _ in itertools.islice(stream, n)) for stream, n in used]
+        again = run.random()["generators"]
+        if found[0] < taken or any(not torch.equal(again[k], now["generators"][k]) for k in ("batches", "others")):
+            warnings.warn(Notice(
+                f"the batches of epoch {run.epoch + 1} came out otherwise when drawn again, so that the resumed run is "
+                "another one than the uninterrupted; expected batches that depend on the generator alone"
+            ), stacklevel=2)
+        run.set_random(now)
+    return streams
+
+
+def check_finite(step: Step, norm: Tensor, run: LoopState, kept: str) -> None:
+    """Refuse a step whose loss or gradient, of Euclidean norm ``norm``, is not finite; ``kept`` ends the message.
+
+    Raises:
+        DivergedError: with the epoch, the step and what is not finite.
+    """
+    # one synchronisation; a penalty or ratio that a method does not compute is NaN
+    if bool((step.loss + norm).isfinite() & ~(step.penalty.isinf() | step.ratio.isinf())):
+        return
+    values = {"loss": step.loss, "norm of the gradient": norm}
+    wrong = [f"{k} {float(v):.4g}" for k, v in values.items() if not bool(v.isfinite())]
+    values = {"penalty": step.penalty, "ratio": step.ratio}
+    wrong += [f"{k} {float(v):.4g}" for k, v in values.items() if bool(v.isinf())]
+    raise DivergedError(
+        f"{', '.join(wrong)} at epoch {run.epoch + 1}, step {run.sums.steps + 1}, which was not taken; expected finite "
+        f"values: lower the learning rate or the perturbation{kept}"
+    )

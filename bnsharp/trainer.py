@@ -5,9 +5,7 @@ It names no measure and no algorithm. What it writes per epoch does not depend o
 
 from __future__ import annotations
 
-import itertools
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,10 +21,10 @@ from bnsharp import randomness
 from bnsharp.checkpoint import METRICS, TIMING, RunFolder
 from bnsharp.checks import one_of, positive, whole
 from bnsharp.distributed import SINGLE, Ranks
-from bnsharp.errors import DataError, DivergedError, InputError, Notice, RankLostError, StorageError
+from bnsharp.errors import DataError, DivergedError, InputError, RankLostError, StorageError
 from bnsharp.evaluation import Engine
 from bnsharp.loop import DIRECTIONS, backward
-from bnsharp.loopstate import LoopState
+from bnsharp.loopstate import LoopState, check_finite, drawn
 from bnsharp.objective import batch_size, check_parts
 from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluated, tracked
 from bnsharp.regularizers import Plain, Regularizer, check_weight
@@ -200,7 +198,7 @@ class Trainer:
 
     def _steps(self, regularizer: Regularizer, weight: float, started: float) -> None:
         run = self._run
-        batches, others = self._streams()
+        batches, others = drawn(run, self.epoch, self.other_batches, self.optimizer.param_groups[0]["lr"])
         for batch in batches:
             self.optimizer.zero_grad(set_to_none=True)
             part = self._part(batch)
@@ -211,39 +209,13 @@ class Trainer:
                     generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
                     ranks=self.ranks, directions=self.directions,
                 )
-            self._check(step, self._clip())
+            check_finite(step, self._clip(), run, self._keeping)
             self.optimizer.step()
             self.scheduler.step()
             self._count(step, batch, part)
             if self.on_step is not None:
                 self.on_step(run.epoch, run.sums.steps - 1)
             self._rest(started)
-
-    def _streams(self) -> tuple[Iterator[Batch], Iterator[Batch]]:
-        """The epoch's batches, and the second stream's, which starts afresh each epoch; past those already used."""
-        run, now = self._run, self._run.random()
-        taken = run.sums.steps
-        if taken and run.start is not None:
-            run.set_random(run.start)
-        else:
-            run.begin(self.optimizer.param_groups[0]["lr"])
-        batches, others = iter(self.epoch(run.generators["batches"])), self._endless(run.generators["others"])
-        if taken:
-            found = sum(1 for _ in itertools.islice(batches, taken))
-            sum(1 for _ in itertools.islice(others, taken * self.other_batches))
-            again = run.random()["generators"]
-            if found < taken or any(not torch.equal(again[k], state) for k, state in now["generators"].items()
-                                    if k != "directions"):
-                warnings.warn(Notice(
-                    f"the batches of epoch {run.epoch + 1} came out otherwise when drawn again, so that the resumed "
-                    "run is another one than the uninterrupted; expected batches that depend on the generator alone"
-                ), stacklevel=2)
-            run.set_random(now)
-        return batches, others
-
-    def _endless(self, generator: torch.Generator) -> Iterator[Batch]:
-        while True:
-            yield from self.epoch(generator)
 
     def _part(self, batch: Batch) -> Batch:
         """This rank's part of a batch; the first one shows whether the loss is the mean of its parts."""
@@ -265,19 +237,6 @@ class Trainer:
         if self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained, self.max_norm, norm)
         return norm
-
-    def _check(self, step: Step, norm: Tensor) -> None:
-        # a penalty or ratio that a method does not compute is NaN
-        if bool((step.loss + norm).isfinite() & ~(step.penalty.isinf() | step.ratio.isinf())):
-            return
-        run, values = self._run, {"loss": step.loss, "norm of the gradient": norm}
-        wrong = [f"{k} {float(v):.4g}" for k, v in values.items() if not bool(v.isfinite())]
-        values = {"penalty": step.penalty, "ratio": step.ratio}
-        wrong += [f"{k} {float(v):.4g}" for k, v in values.items() if bool(v.isinf())]
-        raise DivergedError(
-            f"{', '.join(wrong)} at epoch {run.epoch + 1}, step {run.sums.steps + 1}, which was not taken; expected "
-            f"finite values: lower the learning rate or the perturbation{self._keeping}"
-        )
 
     def _count(self, step: Step, batch: Batch, part: Batch) -> None:
         run = self._run
@@ -368,17 +327,8 @@ class Trainer:
         """The checkpoint, and the records that it stands for."""
         if self.folder is None:
             return None, []
-        stored = self.folder.recover()
         with self._storage_errors():
-            for name in (METRICS, TIMING):
-                self.folder.keep(name, 0 if stored is None else stored["epoch"])
-        history = self.folder.records(METRICS)
-        if stored is not None and len(history) != stored["epoch"]:
-            raise InputError(
-                f"{self.folder.path / METRICS} holds {len(history)} records; expected the {stored['epoch']} that the "
-                "checkpoint stands for: train again with --overwrite"
-            )
-        return stored, history
+            return self.folder.reopen()
 
     def _restore(self) -> list[dict[str, Any]]:
         """The records so far, after going back to the checkpoint if there is one."""

@@ -418,6 +418,11 @@ def test_what_does_not_belong_together_is_refused_in_one_line(tmp_path, stopped)
     with pytest.raises(InputError, match="version 1") as caught:
         trainer(stopped, resume=True).fit()
     one_line(caught.value)
+    save(stopped / CHECKPOINT, stored["module"])
+    with pytest.raises(InputError, match="no checkpoint of a run") as caught:
+        trainer(stopped, resume=True).fit()
+    one_line(caught.value)
+    assert (stopped / METRICS).read_bytes() == metrics
 
 
 def test_what_a_killed_write_left_is_removed_and_nothing_else(stopped):
