@@ -5,9 +5,13 @@ A piece of work is a function of the ranks that gives tensors; one process gives
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from bnsharp import Objective, Trainer, measures, parameters, scale_groups
 from bnsharp import params as P
 from bnsharp.algorithms import algorithm
+from bnsharp.cli import main
 from bnsharp.distributed import Ranks, joined
 from bnsharp.objective import check_parts
 from bnsharp.synchronised import synchronised
@@ -224,6 +229,7 @@ def uneven(ranks: Ranks) -> dict[str, Any]:
 def refused(ranks: Ranks) -> dict[str, Any]:
     """Losses that are no mean over examples, and statistics that are not PyTorch's."""
     x, y = examples(40)
+    y = y.sort().values  # the parts hold other classes
     weighted = nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 0.1]))
     torch.manual_seed(0)
     plain, home_made = bn_mlp(), nn.Sequential(nn.Linear(5, 4), HomeMadeNorm(4), nn.Linear(4, 3))
@@ -314,15 +320,36 @@ def m_sam_by_hand(parts: int, rho: float = 0.1) -> dict[str, Tensor]:
     return {k: sum(s[k] for s in states) / parts for k in states[0]}  # type: ignore[misc]
 
 
+def bad_usage(ranks: Ranks) -> dict[str, Any]:
+    """What two commands that cannot run say and return."""
+    told: dict[str, Any] = {}
+    folder = Path(tempfile.gettempdir()) / "bnsharp-never-made"
+    train = ["train", "--set", "train_size=96", "--out", str(folder)]
+    for name, words in {
+        "small batch": [*train, "--set", "batch_size=3"], "unknown": [*train, "--set", "nonsense=3"],
+        "late": [*train, "--set", "batch_size=97"], "command": ["list"],
+    }.items():
+        sys.argv, out, err, code = ["bnsharp", *words], io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as done:
+                code = int(done.code or 0)
+        told[name] = {"code": code, "out": out.getvalue(), "err": err.getvalue(), "made": folder.exists()}
+    return told
+
+
 def masks(ranks: Ranks) -> dict[str, Any]:
     """What dropout draws in two steps, and a run with dropout."""
     device = torch.device("cpu")
     drawn = []
+    torch.manual_seed(4)
     for step in (0, 1, 0):
         with ranks.masks(3, step, device):
             drawn.append(nn.functional.dropout(torch.ones(40)))
+    common = torch.rand(3)
     net, x_y = bn_mlp(), examples(18)
     made = Trainer(net, cross_entropy, lambda g: [x_y, examples(9, seed=4)], seed=1, ranks=ranks, epochs=2,
                    optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     made.fit()
-    return {"drawn": torch.stack(drawn), "state": net.state_dict(), "common": torch.rand(3)}
+    return {"drawn": torch.stack(drawn), "state": net.state_dict(), "common": common}
