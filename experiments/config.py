@@ -103,11 +103,19 @@ class RunConfig(BaseModel):
         return self.seed if self.data_seed is None else self.data_seed
 
 
+def _given(config: RunConfig, *fields: str) -> bool:
+    """Whether one of the fields is not what it is by default."""
+    return any(getattr(config, f) != RunConfig.model_fields[f].get_default(call_default_factory=True) for f in fields)
+
+
 CONTRADICTIONS: tuple[tuple[Callable[[RunConfig], bool], Callable[[RunConfig], str]], ...] = (
     (lambda c: c.warmup > 0 and c.warmup >= c.epochs,
      lambda c: f"warmup={c.warmup:g} in a run of {c.epochs} epochs; expected a warm-up that is shorter than the run"),
     (lambda c: c.min_lr > 0 and c.schedule != "cosine",
      lambda c: f"min_lr={c.min_lr:g} with schedule={c.schedule!r}; expected schedule=cosine, the one with a floor"),
+    (lambda c: c.schedule != "multistep" and _given(c, "milestones", "gamma"),
+     lambda c: f"milestones={c.milestones}, gamma={c.gamma:g} with schedule={c.schedule!r}; expected schedule=multistep "
+               "(an algorithm's own gamma is algorithm_options.gamma)"),
     (lambda c: c.min_lr > c.lr,
      lambda c: f"min_lr={c.min_lr:g} above lr={c.lr:g}; expected a floor below the learning rate"),
     (lambda c: not c.track and c.track_every is not None,

@@ -53,7 +53,8 @@ def test_fields_shortcuts_and_dotted_keys():
     config = make_config(
         {"algorithm": "sgds-2", "lr": 0.5, "data_options": {"train_size": 100}},
         ["lr=0.25", "delta=0.01", "label_noise=0.4", "width=16", "optimizer_options.nesterov=true",
-         "data_options.augment=true", "algorithm_options.clip=0.1", "milestones=[2, 5]", "delta=0.02"],
+         "data_options.augment=true", "algorithm_options.clip=0.1", "milestones=[2, 5]", "delta=0.02",
+         "schedule=multistep"],
     )
     assert config.lr == 0.25 and config.milestones == [2, 5]
     assert config.algorithm_options == {"delta": 0.02, "clip": 0.1}
