@@ -160,12 +160,12 @@ def tasks(
 COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     # title, key, factor, digits
     ("test accuracy, %", "test_accuracy", 100, 4),
-    ("against SGD", "accuracy_gain", 100, 2),
-    ("training loss", "loss", 1, 3),
-    ("BN-Sharpness", "bn_sharpness", 1, 3),
-    ("λ_max", "hessian_top", 1, 3),
-    ("gradients / SGD's", "relative_gradients", 1, 3),
-    ("seconds / SGD's", "relative_seconds", 1, 3),
+    ("− SGD's", "accuracy_gain", 100, 2),
+    ("training loss", "loss", 1, 2),
+    ("BN-Sharpness", "bn_sharpness", 1, 2),
+    ("λ_max", "hessian_top", 1, 2),
+    ("gradients ×", "relative_gradients", 1, 3),
+    ("seconds ×", "relative_seconds", 1, 2),
 )
 
 

@@ -112,7 +112,7 @@ def sharpness(
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """BN-Sharpness and λ_max as :func:`before_and_after` takes them, of the network as it is."""
+    """Training loss, BN-Sharpness and λ_max as :func:`before_and_after` takes them, of the network as it is."""
     objective, theta = objective_of(module, data, dtype=torch.float64), doubled(module)
     taken = {
         "bn_sharpness": measures.bn_sharpness(groups, delta=delta, steps=steps, restarts=restarts),
@@ -120,6 +120,8 @@ def sharpness(
     }
     result: dict[str, Any] = {}
     with exact_norms(module):
+        with torch.no_grad():
+            result["loss"] = float(objective(theta))
         for name, measure in taken.items():
             estimate = measure(objective, theta, P.seeded(seed, P.first(theta).device))
             result |= {name: estimate.value, f"{name}_error": estimate.error}
