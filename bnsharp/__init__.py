@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         composites,
         data,
         directions,
+        distributed,
         geometry,
         laws,
         maps,
@@ -61,15 +62,16 @@ _HOME = {
     "Step": "types",
 }
 _MODULES = (
-    "algorithms", "averages", "composites", "data", "directions", "geometry", "laws", "maps", "measures", "models",
-    "pacbayes", "profiles", "reduce", "regularizers", "schedules", "spectrum", "testing", "transformations",
+    "algorithms", "averages", "composites", "data", "directions", "distributed", "geometry", "laws", "maps",
+    "measures", "models", "pacbayes", "profiles", "reduce", "regularizers", "schedules", "spectrum", "testing",
+    "transformations",
 )
 
 __all__ = [
     "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "Sampling", "ScaleGroups",
-    "Step", "Trainer", "algorithms", "averages", "backward", "composites", "data", "directions", "exact_norms",
-    "geometry", "laws", "maps", "measures", "models", "pacbayes", "parameters", "profiles", "reduce", "regularizers",
-    "scale_groups", "schedules", "spectrum", "testing", "transformations",
+    "Step", "Trainer", "algorithms", "averages", "backward", "composites", "data", "directions", "distributed",
+    "exact_norms", "geometry", "laws", "maps", "measures", "models", "pacbayes", "parameters", "profiles", "reduce",
+    "regularizers", "scale_groups", "schedules", "spectrum", "testing", "transformations",
 ]
 
 

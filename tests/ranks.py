@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -337,6 +338,20 @@ def bad_usage(ranks: Ranks) -> dict[str, Any]:
                 code = int(done.code or 0)
         told[name] = {"code": code, "out": out.getvalue(), "err": err.getvalue(), "made": folder.exists()}
     return told
+
+
+def documented(ranks: Ranks) -> dict[str, Any]:
+    """What the program of docs/training.md prints."""
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page[page.index("## Several processes") :], flags=re.S)
+    if ranks.count == 1:
+        exec(compile(program, "training.md", "exec"), {})
+        return {}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(program, "training.md", "exec"), {})
+    numbers = [float(word.rstrip(",")) for word in out.getvalue().split() if word[0].isdigit()]
+    return {"printed": out.getvalue(), "numbers": numbers}
 
 
 def masks(ranks: Ranks) -> dict[str, Any]:

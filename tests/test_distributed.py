@@ -23,7 +23,7 @@ from bnsharp.experiments.config import make_config
 from bnsharp.experiments.run import check_ranks
 
 WORK = (R.exchanges, R.normalised, R.evaluations, R.measured, R.uneven, R.refused, R.trained, R.local, R.masks,
-        R.bad_usage)
+        R.bad_usage, R.documented)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,13 @@ def test_random_layers_draw_other_masks_on_every_rank(both):
     assert_same(first["state"], second["state"])
 
 
+def test_the_page_s_program_runs_on_two_ranks_as_in_one_process(both, capsys):
+    R.documented(SINGLE)
+    alone = [float(word.rstrip(",")) for word in capsys.readouterr().out.split() if word[0].isdigit()]
+    assert len(alone) == 2 and both[1]["documented"]["printed"] == ""
+    assert_near(both[0]["documented"]["numbers"], alone, 1e-3)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -231,7 +238,7 @@ BAD = {
 def test_bad_usage_is_one_line_of_one_rank(both, name):
     told, silent = (result["bad_usage"][name] for result in both)
     assert told["code"] == silent["code"] == 2 and not (told["made"] or silent["made"])
-    lines = [line for line in told["err"].splitlines() if "steps, " not in line]  # progress, on a slow machine
+    lines = [line for line in told["err"].splitlines() if "0/100 steps" not in line]  # progress, on a slow machine
     assert len(lines) == 1 and lines[0].startswith(f"bnsharp: {BAD[name]}")
     assert not (told["out"] or silent["out"] or silent["err"])
 
