@@ -16,8 +16,9 @@ from bnsharp.checks import one_of, positive
 from bnsharp.distributed import SINGLE, Ranks, average
 from bnsharp.errors import InputError
 from bnsharp.evaluation import Engine
+from bnsharp.passes import PassOverflow, is_finite
 from bnsharp.penalties import Penalty, Regularizer
-from bnsharp.training_objective import REENTRANT, PassOverflow, TrainingObjective, is_finite
+from bnsharp.training_objective import REENTRANT, TrainingObjective
 from bnsharp.types import Params, State, Step
 
 Batch = tuple[Any, Any]
@@ -188,10 +189,10 @@ def _add(
     for name, parameter in owned:
         if name not in reached and not bool(gradient[name].any()):
             continue
-        unchanged = isinstance(factor, float) and factor == 1.0
-        update = gradient[name] if unchanged else factor * gradient[name]
+        # a copy where it is kept: the step returned has the gradient as it is
+        update = gradient[name].clone() if isinstance(factor, float) and factor == 1.0 else factor * gradient[name]
         if parameter.grad is None:
-            parameter.grad = update.clone()
+            parameter.grad = update
         else:
             parameter.grad.add_(update)
 

@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,87 +17,13 @@ from bnsharp.distributed import SINGLE, Ranks
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine, is_transformed
 from bnsharp.modes import frozen_statistics
-from bnsharp.objective import ModuleObjective, arguments, batch_size, differ, random_states, restore
+from bnsharp.objective import ModuleObjective, arguments, batch_size
+from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, holding, is_finite, spare_statistics
 from bnsharp.synchronised import synchronised
 from bnsharp.types import Params, Term
 
 REENTRANT = ("a layer is checkpointed with use_reentrant=True, which gives gradients to .backward() alone; expected "
              "use_reentrant=False")
-
-
-class PassOverflow(ArithmeticError):
-    """A pass of a step with a gradient scaler gave a loss or a gradient that is not finite."""
-
-
-class Draws:
-    """What random layers draw on one batch: noted at the first evaluation, the same at every later one."""
-
-    def __init__(self) -> None:
-        self._states: dict[torch.device, Tensor] | None = None
-        self._parts: dict[int, list[Draws]] = {}
-
-    def parts(self, n: int) -> list[Draws]:
-        """Those of n chunks of the batch, the same for every objective on it."""
-        return self._parts.setdefault(n, [Draws() for _ in range(n)])
-
-    @contextmanager
-    def same(self, params: Params) -> Iterator[None]:
-        """An evaluation; in the end the global random state has moved on as after the first one alone."""
-        if self._states is None:
-            before = random_states(params)
-            yield
-            # a pass that drew nothing needs no masks remade
-            self._states = before if differ(before, random_states(params)) else {}
-            return
-        current = random_states(params) if self._states else {}
-        try:
-            restore(self._states)
-            yield
-        finally:
-            restore(current)
-
-
-@contextmanager
-def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module's parameters are ``tensors``, wherever each of them is used (tied weights)."""
-    new = {id(p): tensors[name] for name, p in module.named_parameters() if name in tensors}
-    places = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if id(p) in new]
-    try:
-        for store, name, p in places:
-            store[name] = new[id(p)]  # type: ignore[assignment]
-        yield
-    finally:
-        for store, name, p in places:
-            store[name] = p
-
-
-@contextmanager
-def spare_statistics(module: nn.Module) -> Iterator[None]:
-    """Running statistics are copies: a forward pass repeated inside a backward pass (checkpointing) moves these."""
-    kept = [
-        (m._buffers, name, b)
-        for m in module.modules() if m.training and m._buffers.get("running_mean") is not None
-        for name, b in m._buffers.items() if b is not None
-    ]
-    try:
-        for store, name, b in kept:
-            store[name] = b.clone()
-        yield
-    finally:
-        for store, name, b in kept:
-            store[name] = b
-
-
-def detached(output: Any) -> Any:
-    """A module's output without its graph: tensors, pytrees and dataclasses of them."""
-    if isinstance(output, Tensor):
-        return output.detach()
-    leaves, tree = tree_flatten(output)
-    if len(leaves) == 1 and leaves[0] is output:
-        if is_dataclass(output) and not isinstance(output, type):
-            return replace(output, **{f.name: detached(getattr(output, f.name)) for f in fields(output) if f.init})
-        return output
-    return tree_unflatten([detached(leaf) for leaf in leaves], tree)
 
 
 class TrainingObjective(ModuleObjective):
@@ -238,7 +163,7 @@ class TrainingObjective(ModuleObjective):
                              "expected one that does: is the output detached, or computed under no_grad?")
         self._note_use(params)
         self._root = loss.grad_fn
-        return loss if self.gradient_scale is None else _Scaled.apply(loss, self.gradient_scale)  # type: ignore[no-untyped-call]
+        return loss if self.gradient_scale is None else Scaled.apply(loss, self.gradient_scale)  # type: ignore[no-untyped-call]
 
     def _outcome(self, params: Params) -> Any:
         return self._forward(params, lambda: self._output(params, self.x, self._keep))
@@ -272,7 +197,9 @@ class TrainingObjective(ModuleObjective):
         self._held.enter_context(holding(self.module, tensors))
         positional, named = arguments(x)
         differentiable = torch.is_grad_enabled() and any(v.requires_grad for v in tensors.values())
-        module = self._compiled if self._once or not differentiable else self.module
+        # compiled code would not see that batch normalizations are synchronised
+        plain = self.ranks.count > 1 or not (self._once or not differentiable)
+        module = self.module if plain else self._compiled
         return module(*positional, **named)
 
     def _keep(self, output: Any) -> None:
@@ -317,7 +244,7 @@ class TrainingObjective(ModuleObjective):
         self._once = True
         try:
             yield
-            if len(self.used) < len(self._trained) and _has_node(self._root, "CheckpointFunctionBackward"):
+            if len(self.used) < len(self._trained) and has_node(self._root, "CheckpointFunctionBackward"):
                 raise InputError(REENTRANT)
         finally:
             self._once, self._root = False, None
@@ -343,41 +270,3 @@ class TrainingObjective(ModuleObjective):
                 self.used.add(name)
             elif name not in self.used and tensor.requires_grad:
                 tensor.register_hook(lambda d, name=name: self.used.add(name))  # type: ignore[misc]
-
-
-def _has_node(root: Any, name: str) -> bool:
-    """Whether a graph has a node of this name."""
-    seen, left = set(), [root]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == name:
-            return True
-        seen.add(node)
-        left += [parent for parent, _ in node.next_functions]
-    return False
-
-
-def is_finite(values: Tensor | Params) -> bool:
-    """Whether every number of a tensor or a parameter dictionary is finite."""
-    tensors: list[Tensor] = [values] if isinstance(values, Tensor) else list(values.values())
-    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
-
-
-class _Scaled(torch.autograd.Function):
-    """The loss itself, with a derivative ``scale`` times as large: small ones do not underflow in half precision."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(loss: Tensor, scale: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return d * ctx.saved_tensors[0], None

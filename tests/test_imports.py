@@ -31,8 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("balls",),  # sets of unit directions
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
-    ("profiles", "channels", "averages", "training_objective"),  # channels: who writes and reads them, found by probing
-    ("directions", "scores", "transformations"),  # maps of parameters that keep the function: of groups and channels
+    ("profiles", "channels", "averages", "passes"),  # channels: who writes and reads them; passes of a training step
+    ("directions", "scores", "transformations", "training_objective"),  # maps that keep the function: of groups, channels
     ("bounds",),  # of searched maxima
     ("estimation",),  # the four slots put together
     ("composites", "spectrum"),  # measures that are functions over measures
