@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("balls",),  # sets of unit directions
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
     ("profiles", "channels", "averages", "passes"),  # channels: who writes and reads them; passes of a training step
-    ("directions", "scores", "transformations", "training_objective"),  # maps that keep the function: of groups, channels
+    ("directions", "scores", "transformations", "training_objective"),  # maps that keep the function
     ("bounds",),  # of searched maxima
     ("estimation",),  # the four slots put together
     ("composites", "spectrum"),  # measures that are functions over measures
