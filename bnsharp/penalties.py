@@ -237,7 +237,7 @@ class Averaged:
         generator: torch.Generator,
     ) -> Step:
         kappa, delta = self.measure.profile.secant()
-        if abs(weight * kappa - 1) > 1e-6:
+        if not abs(weight * kappa - 1) <= 1e-6:
             raise InputError(
                 f"weight={weight:g} with one gradient per step; expected weight={1 / kappa:.9g}, at which c = 1: the "
                 "gradient at θ is never taken"

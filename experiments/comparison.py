@@ -122,7 +122,8 @@ def rows_of(kind: str, given: Sequence[str]) -> dict[str, Row]:
     """The rows asked for, SGD first; the whole list of that kind where none is."""
     one_of("rows", kind, ROWS)
     chosen = dict(map(parse_row, given)) if given else ROWS[kind]()
-    base = next((title for title, row in chosen.items() if row == ALGORITHMS[BASELINE] or title == "sgd"), None)
+    plain = ALGORITHMS[BASELINE].algorithm
+    base = next((title for title, row in chosen.items() if row.algorithm == plain), None)
     if base is not None:
         chosen.pop(base)
     return {BASELINE: ALGORITHMS[BASELINE], **chosen}

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bnsharp import ScaleGroups
 from bnsharp import params as P
+from bnsharp import regularizers as R
 from bnsharp.evaluation import AbstractObjective
 from bnsharp.geometry import Elementwise, Euclidean, Groupwise
-from bnsharp.measures import MEASURES, Measure, bn_random_line, bn_sharpness, build_measure, gaussian
+from bnsharp.measures import MEASURES, Measure, bn_gaussian, bn_random_line, bn_sharpness, build_measure, gaussian
 from bnsharp.regularizers import GRADIENTS, Penalty, Plain, asam, sam
 from bnsharp.testing import Check, check_geometry, check_measure, check_regularizer
 from bnsharp.testing.measure_subject import hold_unit, steepest_start
@@ -331,6 +332,29 @@ SECANT = ("two-point", "central")
 PENALTY = {"penalty", "evaluates-loss", "second-batch", "weighted"}
 
 
+REMEMBERING: dict[str, tuple[Any, set[str], float]] = {
+    "friendly sam": (lambda groups: R.friendly_sam(rho=0.05), PENALTY, 0.7),
+    "look sam": (lambda groups: R.look_sam(rho=0.05, every=2), {"evaluates-loss", "weighted"}, 0.7),
+    "gsam": (lambda groups: R.gsam(rho=0.05), {"evaluates-loss", "weighted"}, 0.7),
+    "warm start": (lambda groups: Penalty(sharpness(groups, 2), start=R.Warm()), PENALTY | {"equivariant"}, 0.7),
+    "used again": (lambda groups: Penalty(sharpness(groups, 1), reuse=3), PENALTY | {"equivariant"}, 0.7),
+    "averaged": (
+        lambda groups: R.Averaged(bn_sharpness(groups, delta=0.05, steps=0)), {"evaluates-loss", "weighted"}, 3**0.5
+    ),
+    "momentum sam": (lambda groups: R.msam(rho=0.05), {"evaluates-loss", "weighted"}, 1.0),
+    "entropy": (lambda groups: R.LocalEntropy(steps=3), {"evaluates-loss", "weighted"}, 1.0),
+}
+"""Steps with a state of their own; at the first step an average is empty, and the loss is ``L(θ)``."""
+
+AWAY_FROM_THETA: dict[str, tuple[Any, set[str], float]] = {
+    "smoothing": (lambda groups: R.Smoothing(gaussian(sigma=0.05, draws=2)), {"weighted"}, 1.0),
+    "moving smoothing": (
+        lambda groups: R.Smoothing(bn_gaussian(groups, sigma=0.1, draws=2), moving=True),
+        {"weighted", "equivariant"}, 1.0,
+    ),
+}
+
+
 def regularizer_checks() -> list[Check]:
     groups = ScaleGroups({"weight": "row"})  # those of the kit's quadratics, where exactness is checked
     checks = []
@@ -354,6 +378,14 @@ def regularizer_checks() -> list[Check]:
             penalised=secant(made.measure, lambda up, down: up),
         )
     checks += check_regularizer(lambda groups: asam(rho=0.2, eta=0.0), name="asam eta=0", properties={"equivariant"})
+    for name, (build, properties, weight) in REMEMBERING.items():
+        checks += check_regularizer(build, name=name, properties=properties, weight=weight)
+    for name, (build, properties, weight) in AWAY_FROM_THETA.items():
+        reason = "its first evaluation is not at θ, and running statistics are those of the network evaluated"
+        checks += check_regularizer(
+            build, name=name, properties=properties, weight=weight,
+            expected_failures={"moves_running_statistics_once": reason},
+        )
     return checks + check_regularizer(
         lambda groups: Plain(), name="plain", properties={"penalty", "evaluates-loss", "exact", "equivariant"}
     )
