@@ -26,6 +26,7 @@ from bnsharp import params as P
 from bnsharp import randomness
 from bnsharp.checks import whole
 from bnsharp.errors import InputError, RankLostError
+from bnsharp.exchange import Spread, Sum
 from bnsharp.types import Params, Step, Term
 
 T = TypeVar("T")
@@ -70,18 +71,18 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """``Σ_r x_r``, the same bits on every rank; differentiable, its derivative is :meth:`spread`."""
-        return x if self.count == 1 else _Sum.apply(self, x)[0]  # type: ignore[no-untyped-call]
+        return x if self.count == 1 else Sum.apply(self, x)[0]  # type: ignore[no-untyped-call]
 
     def pool(self, x: Tensor) -> Tensor:
         """``Σ_r x_r`` for this rank's part of a computation that goes on: its derivative is the sum over ranks, too."""
-        return x if self.count == 1 else _Spread.apply(self, self.sum(x))[0]  # type: ignore[no-untyped-call]
+        return x if self.count == 1 else Spread.apply(self, self.sum(x))[0]  # type: ignore[no-untyped-call]
 
     def spread(self, params: Params) -> Params:
         """θ as each rank's own; its derivative is the sum of the ranks' gradients, in one exchange."""
         if self.count == 1:
             return params
         keys = list(params.keys())
-        own = _Spread.apply(self, *(params[k] for k in keys))  # type: ignore[no-untyped-call]
+        own = Spread.apply(self, *(params[k] for k in keys))  # type: ignore[no-untyped-call]
         return P.make(dict(zip(keys, own, strict=True)), params.batch_size)
 
     def mean(self, values: T, weight: float = 1.0) -> T:
@@ -94,7 +95,7 @@ class Ranks:
         leaves, spec = tree_flatten(values)
         averaged = [i for i, a in enumerate(leaves) if isinstance(a, Tensor) and a.is_floating_point()]
         with torch.no_grad():
-            sums = self._reduce([*(weight * leaves[i].detach() for i in averaged),
+            sums = self.reduce([*(weight * leaves[i].detach() for i in averaged),
                                  *(leaves[i].new_tensor(weight) for i in averaged)])
             for k, i in enumerate(averaged):
                 leaves[i] = (sums[k] / sums[len(averaged) + k]).to(leaves[i].dtype)
@@ -106,7 +107,7 @@ class Ranks:
             return [value]
         row = torch.zeros(self.count, dtype=torch.float64, device=self.device)
         row[self.index] = value
-        return self._reduce([row])[0].tolist()
+        return self.reduce([row])[0].tolist()
 
     def any(self, condition: bool) -> bool:
         """Whether it holds on any rank: a decision that all take together."""
@@ -118,8 +119,8 @@ class Ranks:
         if self.count == 1 or not floating:
             return
         with torch.no_grad():
-            both = self._reduce([b for t in floating for b in (t, -t)], dist.ReduceOp.MAX if dist.is_available() else 0)
-            means = self._reduce(floating)
+            both = self.reduce([b for t in floating for b in (t, -t)], dist.ReduceOp.MAX if dist.is_available() else 0)
+            means = self.reduce(floating)
             for i, t in enumerate(floating):
                 equal = both[2 * i] == -both[2 * i + 1]
                 t.copy_(torch.where(equal, t, means[i] / self.count))
@@ -137,7 +138,7 @@ class Ranks:
                 "numbers of threads, and no randomness outside the trainer's generators"
             )
 
-    def _reduce(self, tensors: Sequence[Tensor], op: Any = None) -> list[Tensor]:
+    def reduce(self, tensors: Sequence[Tensor], op: Any = None) -> list[Tensor]:
         """Sums (or another operation) over ranks: one exchange for each precision and device, of all its tensors."""
         result: list[Tensor] = list(tensors)
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -193,7 +194,7 @@ class Ranks:
                 return t
             rows = t.new_zeros(n, *t.shape[1:], dtype=torch.uint8 if t.dtype == torch.bool else t.dtype)
             rows[start : start + own] = t.detach()
-            return self._reduce([rows])[0].to(t.dtype)
+            return self.reduce([rows])[0].to(t.dtype)
 
         return tree_map(joined, part)
 
@@ -329,7 +330,10 @@ def own_device(device: str) -> torch.device:
     Raises:
         InputError: one numbered GPU for several ranks, or fewer GPUs than ranks on this machine.
     """
-    named = torch.device(device)
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={device!r} cannot be used here; expected 'cpu' or a device that exists") from error
     _, count, local = launched()
     if count == 1 or named.type == "cpu":
         return named
@@ -384,47 +388,3 @@ def _telling() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankLostError(f"a rank has died, or lost its connection ({_first_line(error)})") from error
-
-
-class _Sum(torch.autograd.Function):
-    """``x_r ↦ Σ_r x_r``. Elementwise, so that ``vmap`` has nothing to do."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(ranks: Ranks, *x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ranks._reduce(x))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.ranks = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *d: Tensor) -> Any:
-        return (None, *_Spread.apply(ctx.ranks, *d))  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], ranks: Ranks, *x: Tensor) -> Any:
-        return _Sum.apply(ranks, *x), in_dims[1:]  # type: ignore[no-untyped-call]
-
-
-class _Spread(torch.autograd.Function):
-    """``x ↦ x`` on every rank: one value becomes many, so that gradients add up."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(ranks: Ranks, *x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.view_as(t) for t in x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.ranks = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *d: Tensor) -> Any:
-        return (None, *_Sum.apply(ctx.ranks, *d))  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], ranks: Ranks, *x: Tensor) -> Any:
-        return _Spread.apply(ranks, *x), in_dims[1:]  # type: ignore[no-untyped-call]

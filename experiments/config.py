@@ -114,8 +114,8 @@ CONTRADICTIONS: tuple[tuple[Callable[[RunConfig], bool], Callable[[RunConfig], s
     (lambda c: c.min_lr > 0 and c.schedule != "cosine",
      lambda c: f"min_lr={c.min_lr:g} with schedule={c.schedule!r}; expected schedule=cosine, the one with a floor"),
     (lambda c: c.schedule != "multistep" and _given(c, "milestones", "gamma"),
-     lambda c: f"milestones={c.milestones}, gamma={c.gamma:g} with schedule={c.schedule!r}; expected schedule=multistep "
-               "(an algorithm's own gamma is algorithm_options.gamma)"),
+     lambda c: f"milestones={c.milestones}, gamma={c.gamma:g} with schedule={c.schedule!r}; expected "
+               "schedule=multistep (an algorithm's own gamma is algorithm_options.gamma)"),
     (lambda c: c.min_lr > c.lr,
      lambda c: f"min_lr={c.min_lr:g} above lr={c.lr:g}; expected a floor below the learning rate"),
     (lambda c: not c.track and c.track_every is not None,

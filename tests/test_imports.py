@@ -24,9 +24,9 @@ FOLDERS = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
-    ("checks", "files", "randomness", "stopping"),  # of arguments; files, global random states, signals of a process
+    ("checks", "files", "randomness", "stopping", "exchange"),  # of arguments; files, random states, signals, ranks
     ("params", "checkpoint", "schedules", "quadrature", "divergence"),  # all but params: numbers and files
-    ("partition", "modes", "lanczos", "loopstate", "distributed"),  # sums over groups; modes; eigenpairs; where a run is
+    ("partition", "modes", "lanczos", "loopstate", "distributed"),  # sums over groups; modes; where a run is
     ("forms", "synchronised"),  # quadratic forms of one batch; batch statistics over ranks
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("balls",),  # sets of unit directions
