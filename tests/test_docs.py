@@ -74,3 +74,30 @@ def test_the_theory_page_names_tests_that_exist() -> None:
     missing = {name for name in named if f"def {name}" not in source}
     assert named
     assert not missing
+
+
+def test_every_algorithm_and_option_is_on_the_page_of_algorithms() -> None:
+    import inspect
+
+    from bnsharp.algorithms import FAMILIES
+
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    for name, family in FAMILIES.items():
+        assert f"| `{name}` |" in page, name
+        for option in inspect.signature(family.build).parameters.values():
+            if option.kind is option.KEYWORD_ONLY:
+                assert f"`{option.name}`" in page, (name, option.name)
+
+
+def test_the_algorithm_on_the_page_of_algorithms_is_one() -> None:
+    from bnsharp.algorithms import algorithm
+    from bnsharp.families import FAMILIES
+    from bnsharp.regularizers import Look
+
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "algorithms.md").read_text(), re.S)
+    try:
+        exec(compile("\n".join(block), "docs/algorithms.md", "exec"), {})
+        regularizer = algorithm("sam-then-look", rho=0.2).regularizer(0)
+        assert isinstance(regularizer, Look) and regularizer.every == 2
+    finally:
+        FAMILIES.pop("sam-then-look", None)
