@@ -113,7 +113,7 @@ def backward(
             step = average(step, ranks, float(first.batch_size))
         reached = set(params.keys()) if ranks.count > 1 else {name for o in objectives for name in o.used}
         _add(owned, step.gradient, scale if grad_scale is None else scale * grad_scale, reached)
-    return replace(step, output=first.output)
+    return replace(step, output=first.output, plain=None)  # one gradient less to hold
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class Step:
         state: the state for the next step.
         ratio: ``‖λ r‖ / ‖∇L‖``, after clipping; NaN where ``∇L(θ)`` is not computed.
         output: the module's output at the first evaluation, for accuracies; None if not recorded.
-        plain: ``∇L(θ)`` on the loss's batch, where the step computed it.
+        plain: ``∇L(θ)`` on the loss's batch, where the step computed it; for wrappers, not handed on by ``backward``.
     """
 
     loss: Tensor
