@@ -15,7 +15,7 @@ from bnsharp.balls import BoxBall, Filters, GroupBall
 from bnsharp.checks import flag, one_of, positive, unknown
 from bnsharp.directions import Ascend, Draw
 from bnsharp.errors import InputError
-from bnsharp.families import FAMILIES, Algorithm, Family, algorithm, always, family, find, options_of
+from bnsharp.families import FAMILIES, Algorithm, Family, algorithm, always, family, find, options_of, own_options
 from bnsharp.geometry import Constant, Euclidean, Geometry, GroupNorms, Groups, Groupwise, Magnitude, Matrices
 from bnsharp.laws import Box, Gaussian, Uniform
 from bnsharp.measures import MEASURES, Measure, build_measure
@@ -23,7 +23,7 @@ from bnsharp.profiles import Line, Rise
 from bnsharp.reduce import Maximum, Mean
 from bnsharp.regularizers import Regularizer, check_weight
 
-__all__ = ["FAMILIES", "Algorithm", "Family", "algorithm", "find", "options_of"]
+__all__ = ["FAMILIES", "Algorithm", "Family", "algorithm", "find", "options_of", "own_options"]
 
 # ---------------------------------------------------------------- the loss, and steps in a ball around θ
 

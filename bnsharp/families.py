@@ -104,11 +104,15 @@ def find(name: str) -> tuple[Family, tuple[str, ...]]:
     )
 
 
+def own_options(family: Family) -> dict[str, Any]:
+    """The options that every name of a family has, with their defaults."""
+    parameters = inspect.signature(family.build).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
 def options_of(family: Family, *matched: str) -> dict[str, Any]:
     """The options of a family with their defaults; what some names of it have beyond, where ``matched`` says which."""
-    parameters = inspect.signature(family.build).parameters.values()
-    own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return {**(family.further(*matched) if family.further is not None else {}), **own}
+    return {**(family.further(*matched) if family.further is not None else {}), **own_options(family)}
 
 
 def algorithm(name: str, groups: Groups | None = None, /, **options: Any) -> Algorithm:

@@ -27,7 +27,7 @@ def listing(
             for n, s in measures.MEASURES.items()
         ],
         "algorithms": [
-            (n, f.summary, _options(algorithms.options_of(f)), f.source) for n, f in algorithms.FAMILIES.items()
+            (n, f.summary, _options(algorithms.own_options(f)), f.source) for n, f in algorithms.FAMILIES.items()
         ],
         "models": [
             *((n, s.summary, _options(s.options), s.source) for n, s in models.MODELS.items()),
