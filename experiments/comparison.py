@@ -213,7 +213,7 @@ def cell(line: Mapping[str, Any], key: str, digits: int) -> str:
     if line["diverged"]:
         return f"{line['diverged']} of {line['seeds']} diverged"
     text = f"{mean:+.{digits}g}" if key == "accuracy_gain" else f"{mean:.{digits}g}"
-    return text if math.isnan(half) or half == 0 else f"{text} ± {half:.2g}"
+    return text if math.isnan(half) or half <= 1e-9 * abs(mean) else f"{text} ± {half:.1g}"
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
