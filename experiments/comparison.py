@@ -160,7 +160,7 @@ def tasks(
 
 COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     # title, key, factor, digits
-    ("test accuracy, %", "test_accuracy", 100, 4),
+    ("accuracy, %", "test_accuracy", 100, 4),
     ("− SGD's", "accuracy_gain", 100, 2),
     ("training loss", "loss", 1, 2),
     ("BN-Sharpness", "bn_sharpness", 1, 2),

@@ -82,7 +82,7 @@ def test_the_command(run: Any, tmp_path: Path) -> None:
     words += ["--seeds", "2", "--epochs", "2", "--workers", "1", "--label-noise", "0.2", "--out", "all"]
     done = run(*words)
     assert done.code == 0, done.err
-    for word in ("sam:rho=0.1", "entropy-sgd:inner_steps=2", BASELINE, "test accuracy", "20% of the training labels"):
+    for word in ("sam:rho=0.1", "entropy-sgd:inner_steps=2", BASELINE, "accuracy, %", "20% of the training labels"):
         assert word in done.out
     table = list(csv.DictReader((tmp_path / "all/table.csv").open()))
     assert [line["row"] for line in table] == [BASELINE, "sam:rho=0.1", "entropy-sgd:inner_steps=2"]
