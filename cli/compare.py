@@ -50,13 +50,14 @@ def compare(
     except KeyboardInterrupt:
         typer.echo(f"bnsharp: stopped; finished runs are kept in {where}: the same command goes on", err=True)
         raise typer.Exit(130) from None
-    lines = comparison.summarize(list(chosen), results)
-    files = comparison.write(where, lines, results)
+    reference = comparison.BASELINE if algorithm else comparison.REFERENCE[rows]
+    lines = comparison.summarize(list(chosen), results, reference)
+    files = comparison.write(where, lines, results, reference)
     if json:
         typer.echo(files["results.json"].read_text().rstrip())
         return
     shown = [[r["row"], *(comparison.cell(r, key, digits) for _, key, _, digits in comparison.COLUMNS)] for r in lines]
     noise = f", {100 * label_noise:g}% of the training labels replaced" if label_noise else ""
     title = f"{Path(data).name}, {model}{noise} ({seeds} seeds, mean ± 95% interval; differences paired by seed)"
-    console().print(table(title, ["", *(t for t, *_ in comparison.COLUMNS)], shown))
+    console().print(table(title, ["", *comparison.titles(reference)], shown))
     console().print(f"run folders: {where / 'runs'}   table: {files['table.md']}, {files['table.csv']}")

@@ -159,9 +159,9 @@ def tasks(
 
 
 COLUMNS: tuple[tuple[str, str, float, int], ...] = (
-    # title, key, factor, digits
+    # title ({} is the row that accuracies are compared with), key, factor, digits
     ("accuracy, %", "test_accuracy", 100, 4),
-    ("− SGD's", "accuracy_gain", 100, 2),
+    ("− {}'s", "accuracy_gain", 100, 2),
     ("training loss", "loss", 1, 2),
     ("BN-Sharpness", "bn_sharpness", 1, 2),
     ("λ_max", "hessian_top", 1, 2),
@@ -170,15 +170,26 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 )
 
 
-def summarize(rows: Sequence[str], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+REFERENCE = {"algorithms": BASELINE, "ablation": "two-point"}
+"""The row that accuracies are compared with, by list; costs are relative to SGD's everywhere."""
+
+
+def titles(reference: str) -> list[str]:
+    """The columns' titles."""
+    return [title.format(reference) for title, *_ in COLUMNS]
+
+
+def summarize(
+    rows: Sequence[str], results: Sequence[dict[str, Any]], reference: str = BASELINE
+) -> list[dict[str, Any]]:
     """One dictionary per row: mean and half width of the 95% interval of every column; comparisons paired by seed.
 
     A row of which a run diverged has NaN for its numbers and the number of such runs in ``diverged``.
     """
-    base = {r["seed"]: r for r in results if r["label"] == BASELINE}
+    base, other = ({r["seed"]: r for r in results if r["label"] == title} for title in (BASELINE, reference))
     for r in results:
         mine = base[r["seed"]]
-        r["accuracy_gain"] = r["test_accuracy"] - mine["test_accuracy"]
+        r["accuracy_gain"] = r["test_accuracy"] - other[r["seed"]]["test_accuracy"]
         r["relative_gradients"] = r["gradient_evaluations"] / mine["gradient_evaluations"]
         r["relative_seconds"] = r["seconds"] / mine["seconds"]
     table = []
@@ -193,15 +204,17 @@ def summarize(rows: Sequence[str], results: Sequence[dict[str, Any]]) -> list[di
     return table
 
 
-def write(out: Path, table: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> dict[str, Path]:
+def write(
+    out: Path, table: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], reference: str = BASELINE
+) -> dict[str, Path]:
     """``table.csv``, ``table.md`` and ``results.json``; where they are."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(table[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     plain = [{k: v for k, v in r.items() if k != "curve"} for r in results]
-    contents = {"table.csv": buffer.getvalue(), "table.md": markdown(table),
-                "results.json": to_json({"table": list(table), "runs": plain}, indent=1) + "\n"}
+    contents = {"table.csv": buffer.getvalue(), "table.md": markdown(table, reference),
+                "results.json": to_json({"reference": reference, "table": list(table), "runs": plain}, indent=1) + "\n"}
     for name, content in contents.items():
         write_atomic(out / name, content.encode())
     return {name: out / name for name in contents}
@@ -216,9 +229,9 @@ def cell(line: Mapping[str, Any], key: str, digits: int) -> str:
     return text if math.isnan(half) or half <= 1e-9 * abs(mean) else f"{text} ± {half:.1g}"
 
 
-def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+def markdown(table: Sequence[Mapping[str, Any]], reference: str = BASELINE) -> str:
     """The table in Markdown."""
-    head = ["", *(title for title, *_ in COLUMNS)]
+    head = ["", *titles(reference)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in table:
         cells = [line["row"], *(cell(line, key, digits) for _, key, _, digits in COLUMNS)]

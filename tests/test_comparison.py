@@ -109,3 +109,12 @@ def test_presets_are_algorithms_that_build() -> None:
 
     for row in (ALGORITHMS | ABLATION).values():
         assert algorithm(row.algorithm, GROUPS, **row.options).options.items() >= dict(row.options).items()
+
+
+def test_an_ablation_is_compared_with_what_it_changes() -> None:
+    assert comparison.REFERENCE["ablation"] in ABLATION and set(comparison.REFERENCE) == set(comparison.ROWS)
+    results = [result(label, s, a + 0.1 * s) for label, a in ((BASELINE, 0.3), ("two-point", 0.5), ("central", 0.48))
+               for s in range(2)]
+    lines = summarize([BASELINE, "two-point", "central"], results, "two-point")
+    assert [line["accuracy_gain"] for line in lines] == pytest.approx([-20.0, 0.0, -2.0])
+    assert "− two-point's" in comparison.markdown(lines, "two-point").splitlines()[0]
