@@ -15,6 +15,10 @@ class NotFiniteError(InputError):
     """A loss that is not finite at a perturbed point."""
 
 
+class NotDifferentiableError(InputError):
+    """A layer whose derivatives of the order that is needed autograd does not have."""
+
+
 class StorageError(RuntimeError):
     """A run's file that could not be written, as on a full disk; the message says which, and what is kept."""
 

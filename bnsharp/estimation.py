@@ -17,7 +17,7 @@ from bnsharp import params as P
 from bnsharp.bounds import upper_bound
 from bnsharp.checks import positive, whole
 from bnsharp.directions import Directions
-from bnsharp.errors import InputError, NotFiniteError
+from bnsharp.errors import InputError, NotDifferentiableError, NotFiniteError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Frame, Geometry
 from bnsharp.profiles import Anchor, Profile
@@ -139,11 +139,7 @@ class Measure:
         params: Params,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The measure as a scalar, differentiable in ``params``; directions found at ``params`` detached.
-
-        Through ``batch_norm`` PyTorch has no third derivative, so that a curvature's penalty has a value but no
-        gradient there: ``Penalty(measure, gradient="exact")`` takes it by differences.
-        """
+        """The measure as a scalar, differentiable in ``params``; directions found at ``params`` detached."""
         objective = as_objective(objective)
         fixed = P.pmap(torch.Tensor.detach, params)
         found = self.search(Anchor(objective, fixed), generator)
@@ -264,9 +260,13 @@ class _Run:
         )
         if not self.measure.certify:
             return estimate
-        upper = upper_bound(
-            self.measure.profile, self.anchor, self.frame, unit, estimate.value, self.generator, self.measure.certify
-        )
+        try:
+            upper = upper_bound(
+                self.measure.profile, self.anchor, self.frame, unit, estimate.value, self.generator,
+                self.measure.certify,
+            )
+        except NotDifferentiableError:  # the value takes first derivatives alone
+            upper = None
         return replace(estimate, upper=None if upper is None else max(upper, estimate.value))
 
     def rounding(self) -> float | None:

@@ -21,7 +21,7 @@ from bnsharp import params as P
 from bnsharp.checks import one_of, whole
 from bnsharp.distributed import SINGLE, Ranks, over_ranks
 from bnsharp.errors import InputError
-from bnsharp.forms import GradientGraph, QuadraticForm
+from bnsharp.forms import GradientGraph, QuadraticForm, hessian_slope
 from bnsharp.types import LossFunction, Params, Term
 
 
@@ -263,6 +263,14 @@ class AbstractObjective(ABC):
             )
 
         return apply
+
+    def hessian_slope(self, params: Params, v: Params) -> Params:
+        """``∇_θ vᵀH(θ)v`` with v held (exact, by a third backward pass; detached). It counts as a product."""
+        self.evaluations["products"] += 1
+        return self._mean(
+            lambda fn: self._ticked(lambda x: hessian_slope(fn, x, v), params),
+            lambda a, w, b: P.combine(1 - w, a, w, b),
+        )
 
     def check(self, params: Params) -> None:
         """Raise :class:`InputError` if the objective is unfit for measuring; a plain function is taken as it is."""

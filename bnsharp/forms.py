@@ -1,19 +1,25 @@
 """Quadratic forms ``v ↦ vᵀAv`` of one batch at one θ: the Hessian's and the Gauss–Newton matrix's.
 
-Both come from plain double backward passes: nested ``torch.func`` transforms are wrong through ``batch_norm``.
+Both come from plain double backward passes: nested ``torch.func`` transforms are wrong through ``batch_norm``. A layer
+whose derivative has no derivative of its own is an error: autograd would leave its part out in silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.nn.functional import batch_norm, instance_norm, layer_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bnsharp import params as P
-from bnsharp.errors import InputError
+from bnsharp.errors import InputError, NotDifferentiableError
 from bnsharp.modes import math_attention
 from bnsharp.types import LossFunction, Params, Term
 
@@ -28,8 +34,8 @@ class GradientGraph:
 
     def __init__(self, loss: LossFunction, params: Params):
         self.leaves = _leaves(params)
-        with torch.enable_grad(), math_attention():
-            self.gradient = _grad(loss(P.make(self.leaves)), list(self.leaves.values()), create_graph=True)
+        with torch.enable_grad(), math_attention(), Composed(2):
+            self.gradient = gradient_graph(loss(P.make(self.leaves)), list(self.leaves.values()))
 
     def product(self, v: Params) -> Params:
         """``H v``, detached."""
@@ -37,12 +43,38 @@ class GradientGraph:
         if not pairs:
             return P.zeros_like(v)
         outputs, vectors = zip(*pairs, strict=True)
-        with math_attention():
+        with math_attention(), Composed(2):
             hv = torch.autograd.grad(
                 outputs, list(self.leaves.values()), vectors, retain_graph=True, materialize_grads=True,
                 allow_unused=True,
             )
         return P.make(dict(zip(self.leaves, hv, strict=True)))
+
+
+def hessian_slope(loss: LossFunction, params: Params, v: Params) -> Params:
+    """``∇_θ vᵀHv`` with v held, by a third backward pass; detached.
+
+    Differences of gradients would be worthless here: where a perturbation of size h crosses a kink (ReLU, max-pooling)
+    the second difference is off by the jump over h.
+
+    Raises:
+        NotDifferentiableError: a layer that cannot be differentiated three times.
+    """
+    leaves = _leaves(params)
+    inputs = list(leaves.values())
+    with torch.enable_grad(), math_attention(), Composed(3):
+        gradient = gradient_graph(loss(P.make(leaves)), inputs)
+        try:
+            product = _grad(_inner(gradient, v.values()), inputs, create_graph=True)
+            slope = _grad(_inner(product, v.values()), inputs)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("is not implemented", "does not support", "twice")):
+                raise
+            raise NotDifferentiableError(
+                f"the gradient of a curvature needs third derivatives, and a layer has none "
+                f"({' '.join(str(error).split())[:150]}); expected layers that have them, or a penalty of another measure"
+            ) from error
+    return P.make(dict(zip(leaves, slope, strict=True)))
 
 
 def hessian_form(term: Term, params: Params) -> Form:
@@ -66,21 +98,18 @@ def gauss_newton_form(term: Term, params: Params) -> Form:
     """
     output, _ = parts_of(term)
     leaves = _leaves(params)
-    with torch.enable_grad(), math_attention():
+    with torch.enable_grad(), math_attention(), Composed(2):
         z, spec = tree_flatten(output(P.make(leaves)))
         floating = [i for i, a in enumerate(z) if isinstance(a, Tensor) and a.is_floating_point() and a.requires_grad]
-        w = [torch.zeros_like(z[i]).requires_grad_() for i in floating]
-        pulled = torch.autograd.grad(
-            [z[i] for i in floating], list(leaves.values()), w, create_graph=True, allow_unused=True,
-            materialize_grads=True,
-        ) if floating else []
+        # any w: the form is linear in it, and ones show whether a layer forgets it
+        w = [torch.ones_like(z[i]).requires_grad_() for i in floating]
+        pulled = gradient_graph([z[i] for i in floating], list(leaves.values()), w) if floating else []
 
     def form(v: Params) -> Tensor:
         if not floating:
             return P.first(params).new_zeros(2)
         with torch.enable_grad(), math_attention():
-            inner = torch.stack([(g * v[k]).sum() for k, g in zip(leaves, pulled, strict=True)]).sum()
-            jv = _grad(inner, w, retain_graph=True)
+            jv = _grad(_inner(pulled, [v[k] for k in leaves]), w, retain_graph=True)
         fixed = [a.detach() if isinstance(a, Tensor) else a for a in z]
         value = output_form(term, tree_unflatten(fixed, spec), floating, jv).detach()
         return torch.stack([value, value.abs()])
@@ -98,10 +127,8 @@ def output_form(term: Term, output: Any, floating: Sequence[int], d: Sequence[Te
         filled = list(z)
         for i, leaf in zip(floating, leaves, strict=True):
             filled[i] = leaf
-        slope = _grad(criterion(tree_unflatten(filled, spec)), leaves, create_graph=True)
-        inner = torch.stack([(g * a).sum() for g, a in zip(slope, d, strict=True)]).sum()
-        second = _grad(inner, leaves, create_graph=True)
-        value = torch.stack([(h * a).sum() for h, a in zip(second, d, strict=True)]).sum()
+        slope = gradient_graph(criterion(tree_unflatten(filled, spec)), leaves)
+        value = _inner(_grad(_inner(slope, d), leaves, create_graph=True), d)
         return value if term.total is None else term.total(value)
 
 
@@ -123,6 +150,11 @@ def _leaves(params: Params) -> dict[str, Tensor]:
     return {k: v.detach().requires_grad_() for k, v in params.items()}
 
 
+def _inner(x: Iterable[Tensor], y: Iterable[Tensor]) -> Tensor:
+    """``Σ ⟨x_i, y_i⟩``."""
+    return torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).sum()
+
+
 def _grad(
     value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
 ) -> Sequence[Tensor]:
@@ -132,3 +164,168 @@ def _grad(
     return torch.autograd.grad(
         value, inputs, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
     )
+
+
+# ---------------------------------------------------------------- derivatives that can be differentiated
+
+
+_ONCE = once_differentiable(lambda ctx: None).__code__  # type: ignore[no-untyped-call]
+"""The code of every ``backward`` that is marked so."""
+
+
+def gradient_graph(
+    values: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """Gradients with their graph; zeros where the values do not depend on an input.
+
+    Raises:
+        NotDifferentiableError: a custom ``autograd.Function`` on the way whose ``backward`` cannot be differentiated.
+            Where only gradients of given inputs are asked for, autograd leaves out its part without a word.
+    """
+    outputs = [v for v in ([values] if isinstance(values, Tensor) else values) if v.requires_grad]
+    if not outputs:
+        return [torch.zeros_like(x) for x in inputs]
+    cut: list[str] = []
+    hooks = []
+    for node in _custom_nodes(outputs):
+        function = getattr(node, "_forward_cls", type(node))
+        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
+            cut.append(function.__name__)
+        else:
+            hooks.append(node.register_hook(partial(_note_cut, cut, function.__name__)))
+    try:
+        gradients = torch.autograd.grad(
+            outputs, list(inputs), vectors, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if cut:
+        raise NotDifferentiableError(
+            f"{cut[0]} is an autograd.Function whose backward cannot be differentiated (once_differentiable, detached "
+            "or computed outside autograd), so that second derivatives would lack its part; expected a differentiable "
+            "backward, or a measure that takes losses and gradients alone"
+        )
+    return gradients
+
+
+def _custom_nodes(outputs: Sequence[Tensor]) -> list[Any]:
+    """The nodes of custom functions in the graph behind ``outputs``."""
+    seen: set[Any] = set()
+    left, found = [v.grad_fn for v in outputs], list[Any]()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            found.append(node)
+        left += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _note_cut(cut: list[str], name: str, outgoing: Sequence[Any], incoming: Sequence[Any]) -> None:
+    """Note a ``backward`` whose results have forgotten what they were computed from; zeros have nothing to forget."""
+    reached = any(isinstance(d, Tensor) and d.requires_grad for d in incoming)
+    results = [d for d in outgoing if isinstance(d, Tensor)]
+    if reached and not any(d.requires_grad for d in results) and any(bool(d.any()) for d in results):
+        cut.append(name)
+
+
+class Composed(TorchFunctionMode):
+    """Within, normalizations whose derivatives of this order PyTorch lacks are made of elementary operations.
+
+    The second derivative of its weight normalization and the third of its layer normalization are wrong without a
+    word; batch and instance normalization have no third.
+    """
+
+    def __init__(self, order: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.table = {f: made for f, (least, made) in _COMPOSED.items() if order >= least}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:  # itself such a function; checkpointed layers repeat their forward pass in it
+            with self._patched():
+                return func(*args, **(kwargs or {}))
+        return self.table.get(func, func)(*args, **(kwargs or {}))
+
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
+        """The same by name, where a mode is not seen."""
+        homes: tuple[Any, ...] = (torch, torch.nn.functional)
+        places = [(home, f.__name__, f) for f in self.table for home in homes if getattr(home, f.__name__, None) is f]
+        try:
+            for home, name, f in places:
+                setattr(home, name, self.table[f])
+            yield
+        finally:
+            for home, name, f in places:
+                setattr(home, name, f)
+
+
+def _batch_norm(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm``; the statistics of the batch are over all but dimension 1."""
+    if training:
+        if running_mean is not None or running_var is not None:  # moves them, and refuses a single value per channel
+            with torch.no_grad():
+                batch_norm(x.detach(), running_mean, running_var, None, None, True, momentum, eps)
+        return _normalized(x, None, None, weight, bias, [0, *range(2, x.ndim)], eps)
+    return _normalized(x, running_mean, running_var, weight, bias, [], eps)
+
+
+def _instance_norm(
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.instance_norm``; the statistics of each example and channel."""
+    if use_input_stats:
+        if running_mean is not None or running_var is not None:
+            with torch.no_grad():
+                instance_norm(x.detach(), running_mean, running_var, None, None, True, momentum, eps)
+        return _normalized(x, None, None, weight, bias, list(range(2, x.ndim)), eps)
+    return _normalized(x, running_mean, running_var, weight, bias, [], eps)
+
+
+def _normalized(
+    x: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    dims: list[int], eps: float,
+) -> Tensor:
+    """``(x − mean)/√(variance + ε)·weight + bias`` along dimension 1; own statistics over ``dims`` if none given."""
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    if mean is None or variance is None:
+        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    else:
+        mean, variance = mean.reshape(shape), variance.reshape(shape)
+    y = (x - mean) * torch.rsqrt(variance + eps)
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
+
+
+def _layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm``: over the last dimensions."""
+    variance, mean = torch.var_mean(x, list(range(-len(normalized_shape), 0)), correction=0, keepdim=True)
+    y = (x - mean) * torch.rsqrt(variance + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``torch._weight_norm``: ``g v/‖v‖``, norms over all dimensions but one, or (−1) over all."""
+    dims = [i for i in range(v.ndim) if i != dim] if dim != -1 else list(range(v.ndim))
+    return v * (g * torch.rsqrt((v * v).sum(dims, keepdim=True)))
+
+
+_COMPOSED: dict[Any, tuple[int, Callable[..., Tensor]]] = {
+    torch._weight_norm: (2, _weight_norm),
+    torch.layer_norm: (3, _layer_norm),
+    layer_norm: (3, _layer_norm),
+    batch_norm: (3, _batch_norm),
+    instance_norm: (3, _instance_norm),
+}
+"""Function -> the order of derivative from which it is composed, and of what."""

@@ -50,8 +50,9 @@ def check_weight(weight: float) -> None:
 
 
 def gradients(objectives: Sequence[AbstractObjective]) -> int:
-    """Gradients that these objectives have evaluated so far."""
-    return sum(o.evaluations["gradients"] for o in {id(o): o for o in objectives}.values())
+    """Gradients that these objectives have evaluated so far, products with second derivatives among them."""
+    once = {id(o): o for o in objectives}.values()
+    return sum(o.evaluations["gradients"] + o.evaluations["products"] for o in once)
 
 
 def unknown_value(like: Tensor) -> Tensor:

@@ -21,7 +21,15 @@ from bnsharp import params as P
 from bnsharp.checks import at_least
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is_transformed
-from bnsharp.forms import QuadraticForm, gauss_newton_form, hessian_form, output_form, parts_of
+from bnsharp.forms import (
+    Composed,
+    QuadraticForm,
+    gauss_newton_form,
+    gradient_graph,
+    hessian_form,
+    output_form,
+    parts_of,
+)
 from bnsharp.modes import math_attention
 from bnsharp.quadrature import SegmentLaw, check_nodes, line_points, power_norm
 from bnsharp.types import Evaluated, Params, Term
@@ -294,9 +302,9 @@ class Curvature(Profile):
                 )
             # aliases: v may depend on θ itself, and H is the derivative at a fixed v
             leaves = {k: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
-            with torch.enable_grad(), math_attention():
-                grads = _grad(objective(P.make(leaves)), leaves)
-                return P.dot(v, _grad(P.dot(v, grads), leaves))
+            with torch.enable_grad(), math_attention(), Composed(3):
+                grads = gradient_graph(objective(P.make(leaves)), list(leaves.values()))
+                return P.dot(v, _grad(P.dot(v, P.make(dict(zip(leaves, grads, strict=True)))), leaves))
 
         return torch.stack([second(P.pick(v, i)) for i in range(P.count(v))])
 
@@ -316,17 +324,8 @@ class Curvature(Profile):
         errors = 8 * torch.finfo(values.dtype).eps * P.norm(stacked) * P.norm(products)
         if not theta:
             return values, errors, P.scaled(products, 2.0), None
-        rows = [self._slope(anchor, d) for d in directions]
+        rows = [anchor.objective.hessian_slope(anchor.params, d) for d in directions]
         return values, errors, P.scaled(products, 2.0), P.stack(rows)
-
-    def _slope(self, anchor: Anchor, v: Params) -> Params:
-        """``∇_θ vᵀHv ≈ (∇L(θ+hv) − 2∇L(θ) + ∇L(θ−hv))/h²``: batch_norm has no third derivative in PyTorch."""
-        size = P.norm(v)
-        eps = torch.finfo(size.dtype).eps
-        h = eps**0.25 * P.safe_divide(1 + P.norm(anchor.params), size)
-        points = P.Lazy(2, lambda i: P.shift(anchor.params, v, h if i else -h))
-        outer = P.pick(anchor.objective.weighted_gradients(points, size.new_ones(1, 2)), 0)
-        return P.scaled(P.combine(1.0, outer, -2.0, anchor.gradient), P.safe_divide(torch.ones_like(h), h * h))
 
 
 def _evaluate_form(anchor: Anchor, v: Source, form: QuadraticForm) -> Evaluated:
@@ -341,8 +340,8 @@ class GaussNewton(Profile):
     """``vᵀ G v``, ``G = E Jᵀ(∇²_z ℓ)J`` the Gauss–Newton matrix of the network's output z.
 
     For cross-entropy G is the model's Fisher information, so that ``v = θ`` gives the Fisher–Rao norm (Liang et al.
-    2019, definition 2). As a penalty ``J v`` is a central difference of outputs with a step of ``ε^{1/3}``, since
-    ``batch_norm`` has no third derivative; its relative error is about ``ε^{2/3}``.
+    2019, definition 2). As a penalty ``J v`` is a central difference of outputs with a step of ``ε^{1/3}``, whose
+    relative error is about ``ε^{2/3}``.
     """
 
     def __call__(self, objective: AbstractObjective | LossFunction, params: Params, v: Source) -> Tensor:

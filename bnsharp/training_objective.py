@@ -114,8 +114,9 @@ class TrainingObjective(ModuleObjective):
 
     @property
     def gradients(self) -> int:
-        """Gradients evaluated, those of chunks included."""
-        return self.evaluations["gradients"] + sum(part.gradients for part in self._parts)
+        """Gradients and products with second derivatives evaluated, those of chunks included."""
+        own = self.evaluations["gradients"] + self.evaluations["products"]
+        return own + sum(part.gradients for part in self._parts)
 
     def parts(self, n: int) -> list[AbstractObjective]:
         if n > self.batch_size:

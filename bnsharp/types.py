@@ -186,7 +186,7 @@ class Step:
         loss: ``L(θ)`` on the loss's batch (for methods that never evaluate it, the loss they do evaluate).
         penalty: the regulariser's own value on its batch; NaN where the method does not compute one.
         gradient: the direction to descend, ``∇L + λ r``.
-        evaluations: gradients evaluated in this step.
+        evaluations: gradients evaluated in this step, products with second derivatives counted as one each.
         state: the state for the next step.
         ratio: ``‖λ r‖ / ‖∇L‖``, after clipping; NaN where ``∇L(θ)`` is not computed.
         output: the module's output at the first evaluation, for accuracies; None if not recorded.

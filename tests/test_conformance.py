@@ -110,7 +110,6 @@ def neuron_traces(A: Tensor, theta: Params) -> float:
 
 RISE = frozenset({"offset", "homogeneous"})
 SEARCH = {*RISE, "searched"}
-ORTHOGONAL = {"penalty_orthogonal": "batch_norm has no third derivative in PyTorch"}
 PIECEWISE = "an error rate is piecewise constant: no gradient, and a plain function has no criterion"
 
 
@@ -199,7 +198,6 @@ ROWS: dict[str, Row] = {
     ),
     "relative_top": Row(
         SEARCH, ("scale", "permutation"), {"iterations": 5, "restarts": 0, "certify": 0},
-        expected_failures=ORTHOGONAL,
     ),
     "spherical_top": Row(
         SEARCH, ("permutation",), {}, lambda A, b, theta, groups: float(flat(theta) @ flat(theta)) * largest(A),
@@ -212,11 +210,10 @@ ROWS: dict[str, Row] = {
     "relative_trace": Row(
         {*SAMPLED, "two-sided"}, ("scale", "permutation"), DRAWS,
         lambda A, b, theta, groups: 2 * mean_rise(group_variances(theta), A),
-        expected_failures=ORTHOGONAL,
     ),
     "relative_flatness": Row(
         {*SAMPLED, "two-sided"}, ("scale", "permutation"), DRAWS,
-        lambda A, b, theta, groups: neuron_traces(A, theta), expected_failures=ORTHOGONAL,
+        lambda A, b, theta, groups: neuron_traces(A, theta),
     ),
     "fisher_rao": Row(
         {*RISE, "two-sided"}, ("scale", "permutation", "relu"), {},

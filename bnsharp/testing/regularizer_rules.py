@@ -161,7 +161,7 @@ def _counts(declared: Declared) -> None:
     def body(net: Network) -> None:
         objectives = [net.objective(), net.objective()] if "second-batch" in declared.properties else [net.objective()]
         step = declared.step(declared.made(net.groups), objectives, net.params)
-        counted = sum(o.evaluations["gradients"] for o in objectives)
+        counted = sum(o.evaluations["gradients"] + o.evaluations["products"] for o in objectives)
         require(
             step.evaluations == counted,
             f"{declared.name}: the step reports {step.evaluations} gradients, its objectives evaluated {counted}",
