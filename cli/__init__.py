@@ -37,13 +37,26 @@ def alone(command: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-app.command("demo")(alone(demo.demo))
-app.command("train")(train.train)
-app.command("compare")(alone(compare.compare))
-app.command("measure")(alone(measure.measure))
-app.command("invariance")(alone(invariance.invariance))
-app.command("groups")(alone(groups.groups))
-app.command("list")(alone(listing.listing))
+def told(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that is interrupted while it says nothing of that itself (imports, reading data): one line."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+    return run
+
+
+app.command("demo")(told(alone(demo.demo)))
+app.command("train")(told(train.train))
+app.command("compare")(told(alone(compare.compare)))
+app.command("measure")(told(alone(measure.measure)))
+app.command("invariance")(told(alone(invariance.invariance)))
+app.command("groups")(told(alone(groups.groups)))
+app.command("list")(told(alone(listing.listing)))
 
 
 _python_shows = warnings.showwarning

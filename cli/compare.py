@@ -31,25 +31,27 @@ def compare(
     Finished runs in the folder are kept and not run again. Entropy-SGD trains a fifth of the epochs: each of its steps
     takes 20 batches.
     """
-    from bnsharp.cli.display import console, progress, table
+    from bnsharp.cli.display import console, fitted, progress
     from bnsharp.experiments import comparison
     from bnsharp.experiments.config import make_config
     from bnsharp.experiments.run import load_data
     from bnsharp.experiments.study import run_study, units
 
     chosen = comparison.rows_of(rows, algorithm or [])
+    comparison.check_settings(set_ or [], label_noise)
     settings = [*(set_ or []), *([f"label_noise={label_noise}"] if label_noise else [])]
     where = out or Path("runs") / f"compare-{rows}-{Path(data).name}-{round(100 * label_noise)}"
     loaded = load_data(make_config({"data": data, "model": model}, settings))
     tasks = comparison.tasks(where, chosen, settings, data=data, model=model, seeds=seeds, epochs=epochs,
                              train_size=lambda options: len(loaded.train_labels))
+    comparison.check(tasks, loaded)
     where.mkdir(parents=True, exist_ok=True)
     try:
         with progress(f"{len(tasks)} runs", sum(units(t) for t in tasks), "units") as bar:
             results = run_study(tasks, bar.advance, workers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # SIGINT, SIGTERM
         typer.echo(f"bnsharp: stopped; finished runs are kept in {where}: the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stop, SystemExit) else 130) from None
     reference = comparison.BASELINE if algorithm else comparison.REFERENCE[rows]
     lines = comparison.summarize(list(chosen), results, reference)
     files = comparison.write(where, lines, results, reference)
@@ -59,5 +61,6 @@ def compare(
     shown = [[r["row"], *(comparison.cell(r, key, digits) for _, key, _, digits in comparison.COLUMNS)] for r in lines]
     noise = f", {100 * label_noise:g}% of the training labels replaced" if label_noise else ""
     title = f"{Path(data).name}, {model}{noise} ({seeds} seeds, mean ± 95% interval; differences paired by seed)"
-    console().print(table(title, ["", *comparison.titles(reference)], shown))
-    console().print(f"run folders: {where / 'runs'}   table: {files['table.md']}, {files['table.csv']}")
+    screen = console()
+    screen.print(fitted(screen.width, title, ["", *comparison.titles(reference)], shown))
+    screen.print(f"run folders: {where / 'runs'}   table: {files['table.md']}, {files['table.csv']}")

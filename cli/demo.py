@@ -19,7 +19,7 @@ def demo(
 
     Finished runs in the folder are kept and not run again.
     """
-    from bnsharp.cli.display import console, progress, table, with_interval
+    from bnsharp.cli.display import console, fitted, progress, with_interval
     from bnsharp.experiments import demo as study
     from bnsharp.experiments.study import run_study, units
 
@@ -28,9 +28,9 @@ def demo(
     try:
         with progress(f"{len(tasks)} runs", sum(units(t) for t in tasks), "units") as bar:
             results = run_study(tasks, bar.advance, workers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # SIGINT, SIGTERM
         typer.echo(f"bnsharp: stopped; finished runs are kept in {out}: the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stop, SystemExit) else 130) from None
     rows = study.summarize(results)
     files = study.write(out, results)
     screen = console()
@@ -41,7 +41,7 @@ def demo(
             for c in study.COLUMNS
         ]
         title = f"digits, {setting} ({seeds} seeds, mean ± 95% interval)"
-        screen.print(table(title, ["", *(r["algorithm"] for r in mine)], shown))
+        screen.print(fitted(screen.width, title, ["", *(r["algorithm"] for r in mine)], shown))
     for line in study.verdict(rows):
         screen.print(line)
     screen.print(f"run folders: {out / 'runs'}   table: {files['table']}   figure: {files['figure']}")

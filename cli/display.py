@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -77,7 +79,7 @@ class Dashboard:
 
 
 @contextmanager
-def dashboard(label: str, total: int) -> Iterator[Dashboard]:
+def dashboard(label: str, total: int = 0) -> Iterator[Dashboard]:
     """Live on a terminal, with ETA; elsewhere a line at most every ten seconds that ends with the numbers."""
     err = Console(stderr=True)
     if not err.is_terminal:
@@ -95,7 +97,10 @@ def dashboard(label: str, total: int) -> Iterator[Dashboard]:
 
 
 class _PlainLog:
-    """Lines instead of a bar: at most one every ten seconds, and a last one where it took two seconds or more."""
+    """Lines instead of a bar: at most one every ten seconds, and a last one where it took two seconds or more.
+
+    Nothing is said of what was not begun: what went wrong before stands alone on its line.
+    """
 
     def __init__(self, label: str, total: int, unit: str):
         self.label, self.unit, self.note = label, unit, ""
@@ -119,13 +124,13 @@ class _PlainLog:
         elapsed = time.monotonic() - self.started
         left = elapsed * (self.total - self.done) / self.done if 0 < self.done < self.total else 0.0
         eta = f", eta {left:.0f} s" if left else ""
-        of = f"/{self.total}" if self.total >= self.done else ""
+        of = f"/{self.total}" if self.total >= max(1, self.done) else ""
         line = f"{self.label}: {self.done}{of} {self.unit}, {elapsed:.0f} s{eta} {self.note}".rstrip()
         print(line, file=sys.stderr, flush=True)
         self.shown = self.done
 
     def close(self) -> None:
-        if time.monotonic() - self.started >= 2 and self.shown != self.done:
+        if self.done and time.monotonic() - self.started >= 2 and self.shown != self.done:
             self.show()
 
 
@@ -137,6 +142,34 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for row in rows:
         made.add_row(*row)
     return made
+
+
+GAP = 3
+"""What :func:`table` puts between two columns."""
+
+
+def fitted(width: int, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table | Group:
+    """A table for a screen of ``width`` columns; one that is too wide goes on below, its first column repeated.
+
+    Titles of columns are broken between words, and cells not at all.
+    """
+    wide = [max(cell_len(part) for part in (*name.split(), "", *(line for row in rows for line in row[i].split("\n"))))
+            for i, name in enumerate(columns)]
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(columns)):
+        if parts[-1] and sum(wide[j] + GAP for j in (0, *parts[-1], i)) > width:
+            parts.append([])
+        parts[-1].append(i)
+    made = [
+        table(title if not k else "", [columns[i] for i in (0, *part)], [[row[i] for i in (0, *part)] for row in rows])
+        for k, part in enumerate(parts)
+    ]
+    endless = Console(width=10_000)
+    if Measurement.get(endless, endless.options, made[0]).maximum > width or len(made) > 1:
+        for each, part in zip(made, parts, strict=True):
+            for column, i in zip(each.columns, (0, *part), strict=True):
+                column.width = wide[i]
+    return made[0] if len(made) == 1 else Group(*made)
 
 
 def definitions(title: str, entries: Sequence[tuple[str, str, str, str]]) -> Table:

@@ -20,6 +20,9 @@ def invariance(
                      "or of one: gaussian.draws=500"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="the model that a bare checkpoint holds")] = None,
+    weights: Annotated[
+        str, typer.Option(help="of a run: trained, or an average that it kept (ema, of a run with ema=…)")
+    ] = "trained",
     transformations: Annotated[int, typer.Option(help="random transformations of each kind")] = 5,
     examples: Annotated[int | None, typer.Option(help="training examples measured on, as one batch (all)")] = None,
     low: Annotated[float, typer.Option(help="smallest random factor")] = 0.1,
@@ -38,7 +41,7 @@ def invariance(
     Searches are short and draws few unless --set says otherwise: what is compared is two networks, not two searches.
     """
     from bnsharp.checkpoint import to_json
-    from bnsharp.cli.display import console, load_progress, number, progress, table
+    from bnsharp.cli.display import console, fitted, load_progress, number, progress
     from bnsharp.experiments import invariance as study
     from bnsharp.experiments.measuring import options_for
     from bnsharp.experiments.sources import open_source
@@ -47,7 +50,8 @@ def invariance(
     options = options_for(list(dict.fromkeys(measures or MEASURES)), set_ or [])
     folder = out or (Path(source) if Path(source).is_dir() else Path("bnsharp-invariance"))
     study.check_out(folder)
-    opened = open_source(source, data=data, model=model, seed=seed, progress=load_progress("reading images"))
+    opened = open_source(source, data=data, model=model, seed=seed, weights=weights,
+                         progress=load_progress("reading images"))
     rows: dict[str, study.Row] = {}
     failed: dict[str, str] = {}
     stopped = False
@@ -64,11 +68,13 @@ def invariance(
             stopped = True
     n = matrix.objective.batch_size
     settings: dict[str, Any] = {
-        "source": source, "examples": n, "transformations": transformations, "low": low, "high": high, "seed": seed,
+        "source": source, "weights": weights, "examples": n,
+        "transformations": transformations, "low": low, "high": high, "seed": seed,
         "exact_norms": exact, "precision": "float64", "statistics": "batch", "finished": not stopped,
     }
     results = study.summary(matrix, rows, failed, settings)
-    title = f"{Path(source).name}: {n} examples of {opened.data.name}"
+    averaged = "" if weights == "trained" else f" ({weights})"
+    title = f"{Path(source).name}{averaged}: {n} examples of {opened.data.name}"
     paths = study.write(folder, results, rows, title) if rows else {}
     if json and not stopped:
         print(to_json(results))
@@ -76,8 +82,10 @@ def invariance(
         kinds = list(matrix.found)
         shown = [(name, number(r.value, 4), *(study.text(r.cells[k]) for k in kinds)) for name, r in rows.items()]
         screen = console()
-        heading = f"{source}: {n} examples, {transformations} transformations of each kind, largest relative change"
-        screen.print(table(heading, ("measure", "value", *(k.replace("_", " ") for k in kinds)), shown))
+        heading = (f"{source}{averaged}: {n} examples, {transformations} transformations of each kind, largest relative "
+                   "change")
+        columns = ("measure", "value", *(k.replace("_", " ") for k in kinds))
+        screen.print(fitted(screen.width, heading, columns, shown))
         screen.print("≈ within the measure's own stated errors   – applies nowhere   × factor between the two values")
         for name, reason in failed.items():
             screen.print(f"{name}: left out: {reason}")

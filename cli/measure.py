@@ -33,6 +33,9 @@ def measure(
     batch_size: Annotated[
         int, typer.Option(help="examples per batch; the data is streamed, each batch with its own statistics")
     ] = 2000,
+    weights: Annotated[
+        str, typer.Option(help="of a run: trained, or an average that it kept (ema, of a run with ema=…)")
+    ] = "trained",
     statistics: Annotated[str, typer.Option(help="normalizers' statistics: batch or running")] = "batch",
     precision: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
     promote: Annotated[
@@ -49,7 +52,7 @@ def measure(
 ) -> None:
     """Measure the sharpness of a network on its training data, with sampling and numerical errors."""
     from bnsharp.checkpoint import to_json
-    from bnsharp.cli.display import console, load_progress, number, progress, table
+    from bnsharp.cli.display import console, fitted, load_progress, number, progress
     from bnsharp.experiments.config import parse_setting
     from bnsharp.experiments.measuring import Setting, measure_each, options_for
     from bnsharp.experiments.sources import open_source
@@ -62,14 +65,14 @@ def measure(
     )
     opened = open_source(
         source, data=data, model=model, model_options=dict(parse_setting(s) for s in model_set or []), seed=seed,
-        progress=load_progress("reading images"),
+        weights=weights, progress=load_progress("reading images"),
     )
     results: dict[str, Any] = {}
     stopped = False
     with progress("measuring", 0, "evaluations") as bar:
         try:
             for name, record in measure_each(opened.module, opened.data, options, setting, bar):
-                results[name] = record
+                results[name] = record | {"weights": weights}
                 if record["interrupted"]:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -79,7 +82,8 @@ def measure(
     elif results:
         rows = [_row(n, r, number) for n, r in results.items()]
         width = len(COLUMNS) if any(row[-1] for row in rows) else len(COLUMNS) - 1
-        console().print(table(_title(source, results), COLUMNS[:width], [row[:width] for row in rows]))
+        screen = console()
+        screen.print(fitted(screen.width, _title(source, results), COLUMNS[:width], [row[:width] for row in rows]))
     if stopped:
         typer.echo(f"bnsharp: stopped; {len(results)} of {len(names)} measures were taken"
                    + _partly(results), err=True)
@@ -108,7 +112,8 @@ def _title(source: str, results: dict[str, Any]) -> str:
     first = next(iter(results.values()))
     batches = f" in {first['batches']} batches of {first['batch_size']}" if first["batches"] > 1 else ""
     exact = ", exact norms" if first["exact_norms"] else ""
-    return (f"{source}: {first['examples']} examples{batches}, {first['statistics']} statistics, "
+    averaged = "" if first["weights"] == "trained" else f" ({first['weights']})"
+    return (f"{source}{averaged}: {first['examples']} examples{batches}, {first['statistics']} statistics, "
             f"{first['precision']}{exact}")
 
 

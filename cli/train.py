@@ -44,28 +44,28 @@ def train(
     config = make_config({**values, **{k: v for k, v in given.items() if v is not None}}, set_)
     name = f"{Path(config.data).name}-{config.model.replace(':', '-')}-{config.algorithm}-{config.seed}"
     where, tracked = out or Path("runs") / name, Latest()
-    with (
-        joined(config.device) as ranks,
-        dashboard(f"{config.algorithm} on {Path(config.data).name}", config.epochs) as screen,
-    ):
+    try:
+        with (
+            joined(config.device) as ranks, dashboard(f"{config.algorithm} on {Path(config.data).name}") as screen,
+        ):
 
-        def on_epoch(record: dict[str, Any]) -> None:
-            tracked.see(record)
-            screen.show({"epoch": f"{record['epoch']}/{config.epochs}", **numbers(record), **tracked.shown()})
+            def on_epoch(record: dict[str, Any]) -> None:
+                tracked.see(record)
+                screen.show({"epoch": f"{record['epoch']}/{config.epochs}", **numbers(record), **tracked.shown()})
 
-        try:
             _, result = run(
                 config, where, resume=resume, overwrite=overwrite, ranks=ranks, on_start=screen.bar.start,
                 on_step=lambda epoch, step: screen.bar.advance(1), on_epoch=on_epoch,
                 progress=load_progress("reading images"),
             )
-        except (Interrupted, Terminated) as stop:
-            typer.echo(f"bnsharp: {stop}: go on with --resume", err=True)
-            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
-        except KeyboardInterrupt:
-            kept = "the last checkpoint is kept" if (where / CHECKPOINT).exists() else "nothing was saved yet"
-            typer.echo(f"bnsharp: stopped at once; {kept} in {where}: go on with --resume", err=True)
-            raise typer.Exit(130) from None
+    except (Interrupted, Terminated) as stop:
+        typer.echo(f"bnsharp: {stop}: go on with --resume", err=True)
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    except KeyboardInterrupt:
+        if not (where / CHECKPOINT).exists():
+            raise
+        typer.echo(f"bnsharp: stopped at once; the last checkpoint is kept in {where}: go on with --resume", err=True)
+        raise typer.Exit(130) from None
     if not ranks.is_first:
         return
     record, spent = result.last, cost(RunFolder(where))

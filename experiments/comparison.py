@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnsharp.algorithms import FAMILIES, find, options_of
+from bnsharp.algorithms import FAMILIES, algorithm, find, options_of
 from bnsharp.checkpoint import to_json, write_atomic
 from bnsharp.checks import one_of
+from bnsharp.data import ImageData
 from bnsharp.errors import InputError
-from bnsharp.experiments.config import make_config, parse_setting
+from bnsharp.experiments.config import RunConfig, make_config, parse_setting
+from bnsharp.experiments.run import prepare
 from bnsharp.experiments.statistics import mean_interval
 from bnsharp.experiments.study import Task
 
@@ -156,6 +158,35 @@ def tasks(
             made.append(Task("", title, given, str(folder), MEASURING, steps, max(1, round(row.cost)), "sharpness",
                              may_diverge=True))
     return made
+
+
+OWNED: dict[str, str] = {
+    "algorithm": "--algorithm NAME", "algorithm_options": "--algorithm NAME:KEY=VALUE", "data": "--data",
+    "model": "--model", "epochs": "--epochs", "seed": "--seeds",
+}
+"""Settings that a comparison gives its runs itself, and how they are said."""
+
+
+def check_settings(settings: Sequence[str], label_noise: float) -> None:
+    """Raise :class:`InputError` for a setting of every run that would undo what tells the runs apart."""
+    for key in (parse_setting(text)[0] for text in settings):
+        head = key.partition(".")[0]
+        if head in OWNED:
+            raise InputError(f"{key} for every run of a comparison; expected {OWNED[head]} instead")
+        if label_noise and key.rpartition(".")[2] == "label_noise":
+            raise InputError(f"--label-noise {label_noise:g} and --set {key}; expected one of the two")
+
+
+def check(tasks: Sequence[Task], data: ImageData) -> None:
+    """Build every row's algorithm, so that a bad option is told before anything is written.
+
+    Raises:
+        InputError: what a run of it would raise.
+    """
+    first = prepare(RunConfig(**tasks[0].config), data)
+    for task in tasks:
+        config = RunConfig(**task.config)
+        algorithm(config.algorithm, first.groups, **config.algorithm_options)
 
 
 COLUMNS: tuple[tuple[str, str, float, int], ...] = (

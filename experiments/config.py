@@ -8,11 +8,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core.core_schema import ValidationInfo
 
 from bnsharp.algorithms import FAMILIES, options_of
 from bnsharp.checks import suggest
 from bnsharp.errors import InputError
 from bnsharp.models import MODELS
+
+LARGEST_SEED = 2**53
+"""Generators start from small multiples of a seed, which torch takes below 2⁶⁴; and JSON keeps it exactly."""
+
+MOST_THREADS = 1024
+"""More than any machine has; numerical libraries end the process, or do not load, with many more."""
 
 
 class RunConfig(BaseModel):
@@ -61,10 +68,10 @@ class RunConfig(BaseModel):
     ema: float | None = Field(default=None, gt=0, lt=1)
     reestimate_batches: int | None = Field(default=None, ge=1)
     channels_last: bool = False
-    seed: int = Field(default=0, ge=0)
-    data_seed: int | None = Field(default=None, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    data_seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
     device: str = "cpu"
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=MOST_THREADS)
     checkpoint_every: int = Field(default=1, ge=1)
     checkpoint_steps: int | None = Field(default=None, ge=1)
     engine: Literal["loop", "vmap"] = "loop"
@@ -81,6 +88,14 @@ class RunConfig(BaseModel):
     def _finite(cls, value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):
             raise ValueError("expected a finite number")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """``warmup=true`` is no number of epochs, though Python takes True for 1."""
+        if isinstance(value, bool) and not isinstance(cls.model_fields[info.field_name or ""].default, bool):
+            raise ValueError("expected no true or false")
         return value
 
     @field_validator("track", mode="before")

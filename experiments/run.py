@@ -36,6 +36,10 @@ MAY_DIFFER_FOR: dict[str, tuple[str, ...]] = {"synchronised": ("ranks",), "local
 """… and for the directions of ranks: local ones are another algorithm for another number of ranks."""
 
 
+TRAINED = "trained"
+"""The network's own weights, as opposed to an average of them."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What a configuration stands for.
@@ -284,11 +288,17 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
                          "torchrun, or algorithm=m-sam, which cuts its batches in chunks")
 
 
-def read_run(path: str | Path, checkpoint: Path | None = None) -> tuple[RunConfig, nn.Module, ImageData]:
+def read_run(
+    path: str | Path, checkpoint: Path | None = None, weights: str = TRAINED
+) -> tuple[RunConfig, nn.Module, ImageData]:
     """The configuration, the trained network (of another checkpoint of the same run, if given) and the data.
 
+    Args:
+        weights: ``"trained"``, or the name of an average that the run kept (``"ema"``): the network then has its
+            parameters and running statistics.
+
     Raises:
-        InputError: not a run folder, no checkpoint yet, or a checkpoint that does not fit.
+        InputError: not a run folder, no checkpoint yet, a checkpoint that does not fit, or no such average.
     """
     folder = RunFolder(Path(path))
     stored = folder.config()
@@ -303,7 +313,21 @@ def read_run(path: str | Path, checkpoint: Path | None = None) -> tuple[RunConfi
     data = load_data(config)
     module = network(config.model)(data, config.seed, config.model_options)
     load_state(module, payload.get("module", payload), str(path))
+    if weights != TRAINED:
+        _load_average(module, config, payload, weights, str(path))
     return config, module.to(device_of(config)), data
+
+
+def _load_average(module: nn.Module, config: RunConfig, payload: dict[str, Any], name: str, where: str) -> None:
+    averages, states = recipe.averages(config), payload.get("averages", {})
+    kept = [k for k in averages if k in states]
+    if name not in kept:
+        held = ", ".join(map(repr, (TRAINED, *kept)))
+        raise InputError(f"weights={name!r}; {where} holds {held}: choose among these"
+                         + ("" if kept else ", or train with --set ema=0.99"))
+    with averages[name].applied(module, states[name]):
+        averaged = {k: v.clone() for k, v in module.state_dict().items()}
+    module.load_state_dict(averaged)
 
 
 def load_state(module: nn.Module, state: Any, where: str) -> None:

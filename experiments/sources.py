@@ -13,9 +13,9 @@ from torch import nn
 from bnsharp.checkpoint import CONFIG
 from bnsharp.data import ImageData
 from bnsharp.errors import InputError
-from bnsharp.experiments.config import make_config
+from bnsharp.experiments.config import LARGEST_SEED, make_config
 from bnsharp.experiments.networks import library, network
-from bnsharp.experiments.run import load_data, read_run
+from bnsharp.experiments.run import TRAINED, load_data, read_run
 from bnsharp.experiments.weights import READERS, fit_weights, read_weights, require_finite
 from bnsharp.modes import measuring
 
@@ -36,6 +36,7 @@ def open_source(
     model: str | None = None,
     model_options: dict[str, Any] | None = None,
     seed: int = 0,
+    weights: str = TRAINED,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
     """Open what a user names, and see that the network takes the data.
@@ -48,13 +49,16 @@ def open_source(
         model, model_options: the network that a file of weights holds: one of :data:`bnsharp.models.MODELS`,
             ``torchvision:NAME`` or ``timm:NAME``, built with as many outputs as the data has classes.
         seed: of untrained weights and of the data's split.
+        weights: ``"trained"``, or the name of an average that a run kept: ``"ema"``.
         progress: called with images decoded so far and their total.
 
     Raises:
         InputError: nothing there; data or model missing or unknown; weights that are damaged, hold code, do not fit
             the network or are not finite; a network that does not take the data, or has fewer outputs than classes.
     """
-    opened = _open(source, data, data_options, model, model_options or {}, seed, progress)
+    if seed > LARGEST_SEED:
+        raise InputError(f"seed={seed}; expected at most {LARGEST_SEED}")
+    opened = _open(source, data, data_options, model, model_options or {}, seed, weights, progress)
     require_finite(opened.module.state_dict(), source)
     _require_fit(opened)
     return opened
@@ -62,7 +66,7 @@ def open_source(
 
 def _open(
     source: str, data: str | None, data_options: dict[str, Any] | None, model: str | None,
-    model_options: dict[str, Any], seed: int, progress: Callable[[int, int], None] | None,
+    model_options: dict[str, Any], seed: int, weights: str, progress: Callable[[int, int], None] | None,
 ) -> Source:
     def read(seed: int = seed) -> ImageData:
         if data is None:
@@ -72,21 +76,28 @@ def _open(
     path, untrained = Path(source), library(source)
     if model is not None and (untrained or path.is_dir()):
         raise InputError(f"{source} says itself what network it is; expected no --model beside it (got {model!r})")
+    own_run = not untrained and (path.is_dir() or (path.is_file() and _is_checkpoint(path) and model is None))
+    if weights != TRAINED and not own_run:
+        raise InputError(f"weights={weights!r} of {source}, which is no run; expected {TRAINED!r}: leave it out")
     if untrained:
         images = read()
         return Source(untrained(seed, model_options), images)
-    if path.is_dir() or (path.is_file() and _is_checkpoint(path) and model is None):
-        config, module, own = read_run(path if path.is_dir() else path.parent, None if path.is_dir() else path)
+    if own_run and model_options:
+        raise InputError(f"{source} says itself how its network is built; expected no options of it beside it "
+                         f"(got {', '.join(model_options)})")
+    if own_run:
+        folder = path.is_dir()
+        config, module, own = read_run(path if folder else path.parent, None if folder else path, weights)
         return Source(module, own if data is None else read(config.split_seed))
     if not path.is_file():
         raise InputError(f"{source!r}: expected a run folder, a checkpoint, torchvision:NAME or timm:NAME")
     if model is None:
         raise InputError(f"{source} says nothing of its network; expected --model NAME to say what network it holds")
     make = network(model)
-    weights = read_weights(path)
+    tensors = read_weights(path)
     images = read()
     module = make(images, seed, model_options)
-    fit_weights(module, weights, source)
+    fit_weights(module, tensors, source)
     return Source(module, images)
 
 

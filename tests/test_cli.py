@@ -135,6 +135,28 @@ def test_an_out_that_is_a_file_or_lies_below_one_is_refused(run, finished):
         refused(run("train", *SMALL, "--epochs", "1", "--out", out), SUMMARY)
 
 
+@pytest.mark.parametrize("target", ["bnsharp.experiments.config.make_config", "bnsharp.experiments.run.load_data"])
+def test_an_interruption_before_anything_began_is_one_line(run, monkeypatch, target):
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, interrupted)
+    done = run("train", *SMALL, "--out", "run")
+    assert (done.code, done.out, done.err) == (130, "", "bnsharp: stopped\n")
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_stopped_comparison_says_so(run, monkeypatch, signal, code):
+    def stopped(*arguments: Any) -> None:
+        raise signal
+
+    monkeypatch.setattr("bnsharp.experiments.study.run_study", stopped)
+    done = run("compare", "--algorithm", "sam", "--set", "width=8", "--set", "train_size=96", "--out", "all")
+    assert done.code == code and done.out == "" and "all: the same command goes on" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
 # ---------------------------------------------------------------- usage
 
 

@@ -94,7 +94,8 @@ def test_engines_agree(run: Any, finished: Path) -> None:
     refused(run("measure", finished, "--engine", "warp"), "loop")
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "1"], ["--batch-size", "0"], ["--model-set", "width"]])
+@pytest.mark.parametrize("arguments", [["--batch-size", "1"], ["--batch-size", "0"], ["--model-set", "width"],
+                                       ["--model-set", "width=3"], ["--seed", "9" * 30]])
 def test_bad_settings_are_refused(run: Any, finished: Path, arguments: list[str]) -> None:
     refused(run("measure", finished, *arguments), "expected")
 

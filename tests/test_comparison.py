@@ -96,7 +96,11 @@ def test_the_command(run: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "word"), [
     (("--rows", "ablaton"), "did you mean 'ablation'"), (("--algorithm", "smaa"), "unknown algorithm"),
-    (("--set", "epoch=3"), "did you mean 'epochs'"), (("--label-noise", "2"), "label noise"),
+    (("--set", "epoch=3"), "did you mean 'epochs'"), (("--algorithm", "sam:rho=-1"), "rho=-1"),
+    (("--set", "algorithm=sam"), "--algorithm"), (("--set", "seed=3"), "--seeds"), (("--set", "epochs=3"), "--epochs"),
+    (("--set", "model=lenet-bn"), "--model"), (("--set", "algorithm_options.rho=1"), "--algorithm"),
+    (("--model", "bn-mpl"), "bn-mlp"), (("--label-noise", "0.2", "--set", "label_noise=0.4"), "one of the two"),
+    (("--label-noise", "2"), "label noise"),
 ])
 def test_bad_usage_is_one_line(run: Any, tmp_path: Path, words: tuple[str, ...], word: str) -> None:
     done = run("compare", *words, "--out", "all")

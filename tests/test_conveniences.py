@@ -238,7 +238,37 @@ def test_everything_is_a_setting(run, tmp_path):
     assert read_run(tmp_path / "run")[0].ema == 0.9
 
 
+def test_the_averaged_weights_of_a_run_are_measured(run, tmp_path):
+    """Those whose test loss was recorded; ``trained`` are the others."""
+    given = [*COMMAND, "--algorithm", "sgd", "--set", "ema=0.9"]
+    assert run("train", *given, "--out", "run").code == 0
+    last = read_lines(tmp_path / "run" / METRICS)[-1]
+    assert last["test_loss"] != last["ema_test_loss"]
+    for name, column in (("trained", "test_loss"), ("ema", "ema_test_loss")):
+        _, module, data = read_run(tmp_path / "run", weights=name)
+        assert evaluate(module, criterion, [data.test_set()])["loss"] == pytest.approx(last[column], rel=1e-6)
+    found = {}
+    for name in ("trained", "ema"):
+        done = run("measure", "run", "--measure", "fisher_rao", "--weights", name, "--json")
+        found[name] = json.loads(done.out)["fisher_rao"]
+        assert found[name]["weights"] == name
+    assert found["ema"]["value"] != found["trained"]["value"]
+    table = run("measure", "run/checkpoint.pt", "--measure", "fisher_rao", "--weights", "ema")
+    assert "run/checkpoint.pt (ema)" in table.out
+    done = run("invariance", "run", "--measure", "fisher_rao", "--transformations", "1", "--weights", "ema", "--json")
+    assert json.loads(done.out)["settings"]["weights"] == "ema"
+
+
+def test_an_average_that_a_run_did_not_keep_is_refused_in_one_line(run, finished):
+    for words in (("measure", finished), ("invariance", finished), ("measure", "torchvision:resnet18")):
+        done = run(*words, "--data", "digits", "--weights", "ema")
+        assert done.code == 2 and done.out == "" and "weights='ema'" in done.err, done
+        assert len(done.err.splitlines()) == 1 and "'trained'" in done.err and list(Path.cwd().iterdir()) == []
+
+
 BAD: list[tuple[list[str], str]] = [
+    (["warmup=true"], "warmup=True"), (["epochs=true"], "epochs=True"), (["threads=100000"], "threads"),
+    (["seed=1e30"], "seed"), (["seed=9007199254740993"], "seed"),
     (["warmup=3"], "shorter"), (["warmup=-1"], "warmup"), (["warmup=nan"], "warmup"),
     (["warmpu=1"], "did you mean 'warmup'"),
     (["min_lr=1"], "lr=0.05"), (["min_lr=0.001", "schedule=constant"], "schedule"),

@@ -52,6 +52,36 @@ def test_a_log_has_a_line_every_ten_seconds_at_most(monkeypatch, capsys):
     ]
 
 
+def test_what_went_wrong_before_the_first_step_stands_alone(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(display, "time", clock)
+    with display.dashboard("sgd on digits"):
+        clock.now += 100.0
+    assert capsys.readouterr() == ("", "")
+
+
+TITLES = ["", "test accuracy, %", "training loss", "BN-Sharpness", "gradients ×"]
+ROWS = [["SGD", "95.94 ± 3", "0.12 ± 0.1", "0.11 ± 0.01", "1"], ["5 search steps", "93.08 ± 9", "0.4", "0.1", "7"]]
+
+
+@pytest.mark.parametrize("width", [130, 80, 60, 40])
+def test_a_table_is_readable_at_any_width(width):
+    """Every word and every cell in one piece, every row's title beside its cells, no line wider than the screen."""
+    screen = io.StringIO()
+    display.Console(file=screen, width=width).print(display.fitted(width, "a title", TITLES, ROWS))
+    text = screen.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert all(word in text for title in TITLES for word in title.split())
+    for row in ROWS:
+        lines = [line for line in text.splitlines() if line.strip().startswith(row[0])]
+        rest = "".join(line.replace(row[0], "", 1) for line in lines)
+        assert [c.strip() for c in rest.split("  ") if c.strip()] == row[1:]
+
+
+def test_a_table_that_fits_is_one(monkeypatch):
+    assert isinstance(display.fitted(130, "a title", TITLES, ROWS), display.Table)
+
+
 def test_a_short_run_is_silent(capsys):
     with display.dashboard("sgd on digits", 4) as shown:
         shown.bar.advance(1)
