@@ -82,8 +82,8 @@ def invariance(
         kinds = list(matrix.found)
         shown = [(name, number(r.value, 4), *(study.text(r.cells[k]) for k in kinds)) for name, r in rows.items()]
         screen = console()
-        heading = (f"{source}{averaged}: {n} examples, {transformations} transformations of each kind, largest relative "
-                   "change")
+        heading = (f"{source}{averaged}: {n} examples, {transformations} transformations of each kind, "
+                   "largest relative change")
         columns = ("measure", "value", *(k.replace("_", " ") for k in kinds))
         screen.print(fitted(screen.width, heading, columns, shown))
         screen.print("≈ within the measure's own stated errors   – applies nowhere   × factor between the two values")
