@@ -195,6 +195,9 @@ def smoothout(
 ) -> Algorithm:
     one_of("relative_to", relative_to, BOXES)
     flag("vectors", vectors)
+    if vectors and relative_to == "filters":
+        raise InputError("vectors=True with relative_to='filters': a vector has no filters; expected vectors=False, or "
+                         "noise relative to 'constant' or 'magnitude'")
     if a == 0:
         return always(name, R.Plain())
     positive("a", a)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Protocol, Self
 
 import numpy as np
@@ -173,6 +173,8 @@ class Ascend(Fixed):
     of each direction kept, in unconstrained coordinates ``u_i = w_i/‖w_i‖``. ``coordinates="ambient"`` takes the
     paper's literal step on v with one scalar step size, which is not equivariant under ``T_a``; ``"unit"`` is.
 
+    ``begin``, a point of the ball, is where the first search starts in place of the steepest start.
+
     Raises:
         InputError: negative steps or restarts, an unknown rule or coordinates, a rate that is not in (0, ∞).
     """
@@ -186,6 +188,7 @@ class Ascend(Fixed):
     keep: int = 2
     tolerance: float = 0.0
     polish: int = 0
+    begin: Params | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 0)
@@ -208,7 +211,7 @@ class Ascend(Fixed):
         def sphere() -> Params:
             return Sphere()(frame.ball, frame.like, generator)
 
-        first = frame.steepest(score.slope(), sphere)
+        first = frame.steepest(score.slope(), sphere) if self.begin is None else self.begin
         if not self.restarts:
             return P.batch(first)
         return P.stack([first, *(frame.ball.power(s, s) for s in (sphere() for _ in range(self.restarts)))])

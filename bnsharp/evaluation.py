@@ -301,14 +301,16 @@ class AbstractObjective(ABC):
         if len(points) == 1:
             return fn(points[0]).unsqueeze(0)
         stacked = dict(P.stack(points).items())
-        return torch.func.vmap(lambda d: fn(P.make(d)))(stacked)
+        return torch.func.vmap(lambda d: fn(P.make(d)), randomness="same")(stacked)
 
     def _grads(self, fn: LossFunction, points: list[Params]) -> tuple[Tensor, Params]:
         if len(points) == 1:
             value, grad = _value_and_grad(fn, points[0])
             return value.unsqueeze(0), P.batch(grad)
         stacked = {k: v.detach() for k, v in P.stack(points).items()}
-        grads, values = torch.func.vmap(torch.func.grad_and_value(lambda d: fn(P.make(d))))(stacked)
+        grads, values = torch.func.vmap(
+            torch.func.grad_and_value(lambda d: fn(P.make(d))), randomness="same"
+        )(stacked)
         return values, P.make(grads, (len(points),))
 
 

@@ -71,8 +71,8 @@ def hessian_slope(loss: LossFunction, params: Params, v: Params) -> Params:
             if not any(word in str(error) for word in ("is not implemented", "does not support", "twice")):
                 raise
             raise NotDifferentiableError(
-                f"the gradient of a curvature needs third derivatives, and a layer has none "
-                f"({' '.join(str(error).split())[:150]}); expected layers that have them, or a penalty of another measure"
+                "the gradient of a curvature needs third derivatives, and a layer has none "
+                f"({' '.join(str(error).split())[:150]}); expected layers that have them, or another measure"
             ) from error
     return P.make(dict(zip(leaves, slope, strict=True)))
 
@@ -253,7 +253,8 @@ class Composed(TorchFunctionMode):
     def _patched(self) -> Iterator[None]:
         """The same by name, where a mode is not seen."""
         homes: tuple[Any, ...] = (torch, torch.nn.functional)
-        places = [(home, f.__name__, f) for f in self.table for home in homes if getattr(home, f.__name__, None) is f]
+        names = {f: str(getattr(f, "__name__", "")) for f in self.table}
+        places = [(home, name, f) for f, name in names.items() for home in homes if getattr(home, name, None) is f]
         try:
             for home, name, f in places:
                 setattr(home, name, self.table[f])

@@ -86,7 +86,7 @@ def bn_sharpness(
     """
     one_of("law", law, SEGMENTS)
     search = THOROUGH if steps is None else Ascend(steps)
-    given = {"restarts": restarts, "polish": polish}
+    given: dict[str, Any] = {"restarts": restarts, "polish": polish}
     return Measure(
         Groupwise(groups, rest=rest),
         replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -88,6 +88,23 @@ def detached(output: Any) -> Any:
             return replace(output, **{f.name: detached(getattr(output, f.name)) for f in fields(output) if f.init})
         return output
     return tree_unflatten([detached(leaf) for leaf in leaves], tree)
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """The outputs of consecutive chunks of a batch as one: tensors, pytrees and dataclasses of them.
+
+    Numbers (tensors without dimensions) are stacked, ``[chunks]``.
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(outputs)) if first.ndim else torch.stack(list(outputs))
+    leaves, tree = tree_flatten(first)
+    if len(leaves) == 1 and leaves[0] is first:
+        if is_dataclass(first) and not isinstance(first, type):
+            names = [f.name for f in fields(first) if f.init]
+            return replace(first, **{k: joined([getattr(o, k) for o in outputs]) for k in names})
+        return first
+    return tree_unflatten([joined(row) for row in zip(*(tree_flatten(o)[0] for o in outputs), strict=True)], tree)
 
 
 def has_node(root: Any, name: str) -> bool:

@@ -8,7 +8,7 @@ is the loss on the step's batch; the others, if given, are fresh batches for the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -76,6 +76,7 @@ class Plain:
         state: State,
         generator: torch.Generator,
     ) -> Step:
+        check_weight(weight)
         loss, gradient = objectives[0].value_and_grad(params)
         zero = torch.zeros_like(loss)
         return Step(loss, zero, gradient, 1, state, zero, plain=gradient)
@@ -179,10 +180,15 @@ class Penalty:
         take, search = GRADIENTS[self.gradient], Search(self.measure, anchor, generator)
         steps = counted(state) if self.reuse > 1 else 0
         if steps % self.reuse:
-            slope = take(Search(self.measure, anchor, generator, directions=Given(unpacked(state, "held"))))
+            held = Given(unpacked(state, "held", search.frame.like))
+            slope = take(Search(self.measure, anchor, generator, directions=held))
             return slope, {**state, "steps": count(steps + 1)}
         if self.start != Steepest():
-            search = Search(self.measure, anchor, generator, slope=self.start.slope(search.frame, anchor, state))
+            slope_at, begin = self.start.slope(search.frame, anchor, state), self.start.begin(search.frame, state)
+            directions = self.measure.directions
+            if begin is not None and isinstance(directions, Ascend):
+                directions = replace(directions, begin=begin)
+            search = Search(self.measure, anchor, generator, directions, slope_at)
         slope = take(search)
         after = self.start.after(state, anchor, slope.u)
         if self.reuse > 1:
@@ -245,7 +251,7 @@ class Averaged:
             )
         if len(objectives) > 1:
             raise InputError("a second batch with one gradient per step; expected the loss's own batch alone")
-        average, point = unpacked(state, "average"), params
+        average, point = unpacked(state, "average", params), params
         if counted(state, "known"):
             frame = self.measure.geometry.at(params)
             u = frame.steepest(frame.pull(average), lambda: Sphere()(frame.ball, frame.like, generator))

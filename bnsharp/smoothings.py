@@ -41,9 +41,9 @@ class Smoothing:
 
     The perturbations are drawn anew at each step and held while differentiating; ``moving`` differentiates
     ``v = s(θ) ⊙ u`` as well, which makes the gradient that of the smoothed loss also where the scale depends on θ. One
-    gradient per direction, all of them held at once. The loss reported is the smoothed one: ``L(θ)`` is never
-    evaluated, so that penalty and ratio are not known (NaN). Running statistics are those of the first perturbed
-    network.
+    gradient per direction, all of them held at once. The loss reported is the smoothed one; where directions
+    are drawn ``L(θ)`` is never evaluated. Penalty and ratio are not known (NaN). Running statistics are those of the
+    first network evaluated: a perturbed one, or where directions are searched that at θ.
 
     Args:
         measure: geometry, directions, ``Rise()`` and a reduction under which adding a constant to all values adds it to
@@ -93,7 +93,10 @@ class Smoothing:
         value, w = reduced(measure.reduce, losses)
         gradient = weighted(w, grads)
         for i in range(n if self.moving else 0):
-            moved = measure.geometry.moving(P.pick(found.u, i), P.pick(grads, i), params)
+            u = P.pick(found.u, i)
+            moved = P.pullback(
+                lambda x, u=u: measure.directions.moving(u, measure.geometry, x), params, P.pick(grads, i)  # type: ignore[misc]
+            )
             gradient = P.combine(1.0, gradient, w[i], moved)
         nothing, spent = unknown_value(value), objective.evaluations["gradients"] - before
         return Step(value, nothing, gradient, spent, state, nothing)

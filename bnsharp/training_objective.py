@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bnsharp import params as P
 from bnsharp.distributed import SINGLE, Ranks
@@ -18,7 +18,7 @@ from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine, is_transformed
 from bnsharp.modes import frozen_statistics
 from bnsharp.objective import ModuleObjective, arguments, batch_size
-from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, holding, is_finite, spare_statistics
+from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, holding, is_finite, joined, spare_statistics
 from bnsharp.synchronised import synchronised
 from bnsharp.types import Params, Term
 
@@ -102,9 +102,7 @@ class TrainingObjective(ModuleObjective):
         """The module's output at the first evaluation, of all chunks where the batch was cut; None before it."""
         if self._parts and self._output_kept is None:
             outputs = [part.output for part in self._parts]
-            if any(output is None for output in outputs):
-                return None
-            return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
+            return None if any(output is None for output in outputs) else joined(outputs)
         return self._output_kept
 
     @property
@@ -165,6 +163,11 @@ class TrainingObjective(ModuleObjective):
         self._note_use(params)
         self._root = loss.grad_fn
         return loss if self.gradient_scale is None else Scaled.apply(loss, self.gradient_scale)  # type: ignore[no-untyped-call]
+
+    def _chunks(self, n: int) -> list[range]:
+        """The first evaluation is of one point alone: it moves statistics, draws the masks and gives the output."""
+        rest = super()._chunks(n - 1 if n > 1 and not self._evaluated else n)
+        return rest if self._evaluated or n < 2 else [range(1), *(range(r.start + 1, r.stop + 1) for r in rest)]
 
     def _outcome(self, params: Params) -> Any:
         return self._forward(params, lambda: self._output(params, self.x, self._keep))

@@ -12,7 +12,7 @@ from bnsharp import params as P
 from bnsharp.checks import at_least, whole
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective
-from bnsharp.penalties import Regularizer, unknown_value
+from bnsharp.penalties import Regularizer, check_weight, unknown_value
 from bnsharp.starts import count, counted, packed, unpacked
 from bnsharp.types import Params, State, Step
 
@@ -129,8 +129,9 @@ class Look:
             correction = across(step.gradient, _plain(step, self))
             after = {"steps": count(t + 1), **packed("correction", correction), **nested(step.state)}
             return replace(step, state=after)
+        check_weight(weight)
         loss, g = objectives[0].value_and_grad(params)
-        v = unpacked(state, "correction")
+        v = unpacked(state, "correction", params)
         factor = self.alpha * P.safe_divide(P.norm(g), P.norm(v))
         after = {**state, "steps": count(t + 1)}
         ratio = P.safe_divide(factor * P.norm(v), P.norm(g))

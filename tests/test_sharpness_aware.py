@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +21,9 @@ from bnsharp import InputError, Measure, Step, geometry, laws, profiles, reduce
 from bnsharp import params as P
 from bnsharp import regularizers as R
 from bnsharp.algorithms import algorithm
-from bnsharp.directions import Ascend, Draw
-from bnsharp.measures import bn_sharpness, gaussian
+from bnsharp.directions import Ascend, Draw, Own
+from bnsharp.evaluation import as_objective
+from bnsharp.measures import bn_sharpness, gaussian, keskar
 
 BOWL = torch.tensor([1.0, 10.0], dtype=torch.float64)
 
@@ -181,6 +183,42 @@ def test_m_sam_by_hand_with_its_own_batch_statistics() -> None:
     assert step.evaluations == 6 and step.output.shape == (13, 3)
 
 
+@dataclass
+class Answer:
+    logits: Tensor
+    size: Tensor
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda z: (z, z.mean()), lambda z: {"logits": z, "size": z.mean(), "none": None}, lambda z: Answer(z, z.mean()),
+], ids=["tuple", "dictionary", "dataclass"])
+def test_m_sam_puts_the_outputs_of_chunks_together(wrap: Any) -> None:
+    """All examples, in whatever the module returns; numbers are stacked."""
+    p = problem(seed=26)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = copy.deepcopy(p.module)
+
+        def forward(self, x: Tensor) -> Any:
+            return wrap(self.body(x))
+
+    def logits(output: Any) -> Tensor:
+        return output.logits if isinstance(output, Answer) else output["logits" if isinstance(output, dict) else 0]
+
+    net = Wrapped()
+    step = bnsharp.backward(
+        net, lambda output, y: p.criterion(logits(output), y), (p.x, p.y), R.m_sam(chunks=3), generator=seeded()
+    )
+    expected = torch.cat([logits(net(part)) for part in p.x.split(4)])
+    torch.testing.assert_close(logits(step.output), expected)
+    size = step.output.size if isinstance(step.output, Answer) else step.output[
+        "size" if isinstance(step.output, dict) else 1
+    ]
+    assert size.shape == (3,)
+
+
 def test_m_sam_updates_running_statistics_once_per_chunk() -> None:
     p = problem(seed=7)
     one, other = copy.deepcopy(p.module), copy.deepcopy(p.module)
@@ -274,6 +312,72 @@ def test_a_warm_start_begins_where_the_last_search_ended() -> None:
     assert all(b >= a * (1 - 1e-12) for a, b in pairwise(values)) and values[-1] > 1.3 * values[0]
 
 
+def test_a_warm_start_in_a_box_begins_inside_it() -> None:
+    """The best point of a concave loss is inside the box, where a corner would throw the search back each time."""
+    best = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64)
+    theta = P.make({"w": torch.zeros(4, dtype=torch.float64)})
+    objective = as_objective(lambda q: -((q["w"] - best) ** 2).sum())
+    search = Ascend(3, rule="riemannian", rate=0.2)
+    measure = Measure(geometry.Euclidean(1.0, "box"), search, profiles.Rise(), reduce.Maximum())
+    ends = {}
+    for start in (R.Warm(), R.Steepest()):
+        regularizer = R.Penalty(measure, start=start)
+        state, values = regularizer.init(theta), []
+        for _ in range(30):
+            step = regularizer.step([objective], theta, weight=0.0, state=state, generator=seeded())
+            state = step.state
+            values.append(float(step.penalty))
+        assert all(b >= a for a, b in pairwise(values))
+        ends[type(start)] = values[-1]
+    top = float((best**2).sum())
+    assert ends[R.Warm] > 0.95 * top and ends[R.Steepest] < 0.85 * top
+
+
+KEEPERS: dict[str, tuple[Callable[[Problem], Any], float]] = {
+    "msam": (lambda p: R.msam(), 1.0),
+    "friendly": (lambda p: R.friendly_sam(sigma=0.5), 1.0),
+    "look": (lambda p: R.look_sam(every=3), 1.0),
+    "warm": (lambda p: R.Penalty(bn_sharpness(p.groups, steps=1), start=R.Warm()), 0.5),
+    "reuse": (lambda p: R.Penalty(bn_sharpness(p.groups, steps=1), reuse=3), 0.5),
+    "subspace": (lambda p: R.Penalty(keskar(subspace=9, steps=1), "exact", reuse=3), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(KEEPERS) - {"subspace"}))
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_state_of_other_parameters_is_one_line(name: str, trained: bool) -> None:
+    """A layer that was frozen, or set free, between two steps."""
+    p = problem(seed=24)
+    net, (build, weight) = copy.deepcopy(p.module), KEEPERS[name]
+    layer = dict(net.named_parameters())["6.weight"]
+    layer.requires_grad_(trained)
+    regularizer = build(p)
+    state = bnsharp.backward(net, p.criterion, (p.x, p.y), regularizer, weight, generator=seeded()).state
+    layer.requires_grad_(not trained)
+    with pytest.raises(InputError) as caught:
+        bnsharp.backward(net, p.criterion, (p.x, p.y), regularizer, weight, generator=seeded(), state=state)
+    assert "6.weight" in one_line(caught.value) and "state=None" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(KEEPERS))
+def test_a_state_in_another_precision_is_taken(name: str) -> None:
+    """A checkpoint of float64 goes on in float32, and its next step is the same up to rounding."""
+    p = problem(seed=25)
+    build, weight = KEEPERS[name]
+    regularizer, steps = build(p), []
+    state = bnsharp.backward(
+        copy.deepcopy(p.module), p.criterion, (p.x, p.y), regularizer, weight, generator=seeded()
+    ).state
+    for dtype in (torch.float64, torch.float32):
+        net = copy.deepcopy(p.module).to(dtype)
+        steps.append(bnsharp.backward(
+            net, p.criterion, (p.x.to(dtype), p.y), regularizer, weight, generator=seeded(), state=state
+        ))
+        assert all(q.grad is not None and q.grad.dtype == dtype for q in net.parameters())
+    ours, theirs = (oracles.flatten(s.gradient).double() for s in steps)
+    assert float((ours - theirs).norm()) < 1e-2 * float(ours.norm())
+
+
 @pytest.mark.parametrize("build", [
     lambda: R.friendly_sam(), lambda: R.look_sam(), lambda: R.msam(), lambda: R.LocalEntropy(),
     lambda: R.Penalty(R.sam().measure, reuse=2),
@@ -347,6 +451,33 @@ def test_a_ghost_batch_has_noise_of_its_own() -> None:
     torch.testing.assert_close(oracles.flatten(step.gradient), total, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("law", [Own(), Draw(laws.Gaussian(), 3)], ids=["own", "drawn"])
+def test_moving_smoothing_moves_as_its_directions_do(law: Any) -> None:
+    """Along θ itself the perturbed point is 2θ, whose derivative is twice the gradient there."""
+    p = problem(seed=22)
+    measure = Measure(geometry.Euclidean(1.0), law, profiles.Rise(), reduce.Mean())
+    moving, held = (
+        R.Smoothing(measure, on).step([p.objective()], p.params, weight=1.0, state={}, generator=seeded())
+        for on in (True, False)
+    )
+    factor = 2.0 if isinstance(law, Own) else 1.0
+    torch.testing.assert_close(oracles.flatten(moving.gradient), factor * oracles.flatten(held.gradient))
+
+
+def test_a_smoothing_by_vmap_is_the_loop() -> None:
+    """Running statistics, one mask for all draws, and the output are those of the first perturbed network."""
+    p, ends = problem(seed=23), []
+    for engine in ("loop", "vmap"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double()
+        smoothing = R.Smoothing(gaussian(sigma=0.1, draws=3))
+        step = bnsharp.backward(net, p.criterion, (p.x, p.y), smoothing, generator=seeded(), engine=engine)
+        ends.append([oracles.flatten(step.gradient), step.output, step.loss, *net.buffers()])
+        assert step.evaluations == 3 and int(net[2].num_batches_tracked) == 1
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ---------------------------------------------------------------- Entropy-SGD
 
 
@@ -407,6 +538,7 @@ ONE_LINE: dict[str, tuple[Callable[[Problem], Any], str]] = {
     "tangent without groups": (lambda p: algorithm("penalty-gaussian", gradient="tangent"), "groupwise"),
     "negative inner steps": (lambda p: algorithm("entropy-sgd", inner_steps=-1), "steps"),
     "averaging of one": (lambda p: algorithm("entropy-sgd", averaging=1.0), "averaging"),
+    "vectors without filters": (lambda p: algorithm("smoothout", relative_to="filters", vectors=True), "vectors"),
     "no chunk": (lambda p: algorithm("m-sam", chunks=0), "chunks"),
 }
 
