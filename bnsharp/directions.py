@@ -60,6 +60,9 @@ class Directions(Protocol):
 class Placed:
     """How directions move with θ."""
 
+    needs_form: ClassVar[bool] = False
+    """Whether the score must be a quadratic form of u on a joint ball."""
+
     def moving(self, u: Params, geometry: Geometry, params: Params) -> Params:
         """``v`` as a function of θ: the unit direction u is held."""
         return geometry.place(u, params)
@@ -318,6 +321,7 @@ class Lanczos(Fixed):
 
     iterations: int = 60
     tolerance: float = 1e-4
+    needs_form: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole("iterations", self.iterations)

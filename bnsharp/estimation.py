@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.balls import JointBall
 from bnsharp.bounds import upper_bound
 from bnsharp.checks import positive, whole
 from bnsharp.directions import Directions
@@ -75,7 +76,7 @@ class Measure:
         certify: eigenvalue solves spent on an upper bound of a searched maximum (:mod:`bnsharp.bounds`); 0 gives none.
 
     Raises:
-        InputError: a negative ``certify``.
+        InputError: a negative ``certify``, Lanczos for what is no quadratic form on a joint ball.
     """
 
     geometry: Geometry
@@ -86,6 +87,13 @@ class Measure:
 
     def __post_init__(self) -> None:
         whole("certify", self.certify, 0)
+        joint = isinstance(self.geometry.ball, JointBall)
+        if getattr(self.directions, "needs_form", False) and not (self.profile.is_form and joint):
+            raise InputError(
+                f"directions={type(self.directions).__name__} with {type(self.profile).__name__} on "
+                f"{type(self.geometry.ball).__name__}; expected a quadratic form (Curvature, GaussNewton) on a joint "
+                "ball: search with Ascend"
+            )
 
     def __call__(
         self,

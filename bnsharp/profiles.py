@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +85,9 @@ class Anchor:
 
 class Profile(ABC):
     """``(objective, θ, V [n]) -> Tensor [n]`` and what searches and regularisers need of it."""
+
+    is_form: ClassVar[bool] = False
+    """Whether it is a quadratic form of v."""
 
     @abstractmethod
     def __call__(self, objective: AbstractObjective | LossFunction, params: Params, v: Source) -> Tensor:
@@ -291,6 +294,8 @@ class Line(Sampled):
 class Curvature(Profile):
     """``vᵀ H v`` with H the Hessian of the objective, by exact Hessian-vector products."""
 
+    is_form: ClassVar[bool] = True
+
     def __call__(self, objective: AbstractObjective | LossFunction, params: Params, v: Source) -> Tensor:
         objective = as_objective(objective)
 
@@ -343,6 +348,8 @@ class GaussNewton(Profile):
     2019, definition 2). As a penalty ``J v`` is a central difference of outputs with a step of ``ε^{1/3}``, whose
     relative error is about ``ε^{2/3}``.
     """
+
+    is_form: ClassVar[bool] = True
 
     def __call__(self, objective: AbstractObjective | LossFunction, params: Params, v: Source) -> Tensor:
         objective = as_objective(objective)

@@ -31,8 +31,8 @@ from bnsharp.measures import (
     hessian_trace,
     lebesgue_ball,
 )
-from bnsharp.profiles import Line, Rise
-from bnsharp.reduce import FreeEnergy, PowerMean
+from bnsharp.profiles import Curvature, Line, Rise
+from bnsharp.reduce import FreeEnergy, Maximum, PowerMean
 from bnsharp.types import Params
 
 
@@ -461,3 +461,12 @@ def test_a_reused_problem_is_deterministic() -> None:
     p = strategies.trained(problem("mlp", seed=1), steps=5)
     one, two = (bn_sharpness(p.groups, restarts=1, steps=2)(p.objective(), p.params).value for _ in range(2))
     assert one == two
+
+
+@pytest.mark.parametrize(("profile", "shape"), [
+    (Rise(), Euclidean(0.1)), (Line(laws.Uniform(0.1)), Euclidean(1.0)), (Curvature(), Euclidean(1.0, ball="box")),
+])
+def test_an_eigenvalue_solve_needs_a_form_on_a_joint_ball(profile: Any, shape: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        Measure(shape, Lanczos(), profile, Maximum())
+    assert "Ascend" in str(caught.value) and "\n" not in str(caught.value)
