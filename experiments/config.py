@@ -177,7 +177,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def make_config(values: dict[str, Any], settings: list[str] | None = None) -> RunConfig:
     """A validated configuration from plain values and ``key=value`` settings.
 
-    A key is a field (``lr``), an option (``delta``, put where it belongs) or dotted (``data_options.root``).
+    A key is a field (``lr``), an option (``delta``, put where it belongs) or dotted (``data_options.root``). Of a key
+    that comes several times the last counts; options given together join those given before.
 
     Raises:
         InputError: an unknown key (with the nearest known one) or a value out of range.
@@ -197,7 +198,7 @@ def make_config(values: dict[str, Any], settings: list[str] | None = None) -> Ru
                 raise InputError(f"setting {key!r}: {head} has no options; expected --set {head}=VALUE")
             _put(merged[head], tail, value, nested=head in NESTED)
         else:
-            merged[head] = value
+            merged[head] = {**merged[head], **value} if _both_options(merged.get(head), value) else value
     try:
         return RunConfig(**merged)
     except ValidationError as error:
@@ -207,6 +208,10 @@ def make_config(values: dict[str, Any], settings: list[str] | None = None) -> Ru
         where = ".".join(str(part) for part in first["loc"])
         hint = suggest(where, fields) if first["type"] == "extra_forbidden" else ""
         raise InputError(f"{where}={first.get('input')!r}: {first['msg'].lower()}{hint}") from error
+
+
+def _both_options(before: Any, value: Any) -> bool:
+    return isinstance(before, dict) and isinstance(value, dict)
 
 
 NESTED = ("track_options",)

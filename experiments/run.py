@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bnsharp
 from bnsharp.algorithms import Algorithm, algorithm, find
-from bnsharp.checkpoint import SUMMARY, RunFolder
+from bnsharp.checkpoint import CHECKPOINT, CONFIG, SUMMARY, RunFolder
 from bnsharp.checkpoint import load as load_checkpoint
 from bnsharp.checks import flag, unknown, whole
 from bnsharp.data import ImageData, epoch_indices, load
@@ -239,7 +239,7 @@ def train(
         threads = ranks.from_first(lambda: folder.config().get("threads") if folder.exists() else None)
     if threads is not None:
         torch.set_num_threads(threads)
-    ranks.from_first(lambda: folder.check_free(overwrite=overwrite or resume))
+    ranks.from_first(lambda: _check_folder(folder, overwrite or resume))
     scalars = recording.Scalars() if config.tensorboard else None
     if data is None and config.data_options.get("download"):
         data = ranks.first_then_all(lambda: load_data(config, progress))
@@ -273,6 +273,14 @@ def train(
         if ranks.is_first:
             folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
     return prepared, result
+
+
+def _check_folder(folder: RunFolder, taken: bool) -> None:
+    """A folder that a run can use (``taken``: also one that holds a run); not one with a foreign checkpoint."""
+    folder.check_free(overwrite=taken)
+    if not folder.exists() and (folder.path / CHECKPOINT).exists():
+        raise InputError(f"{folder.path} holds a {CHECKPOINT} that is of no run here ({CONFIG} is missing); expected "
+                         "an empty folder: choose another one")
 
 
 def check_ranks(config: RunConfig, ranks: Ranks) -> None:

@@ -157,6 +157,15 @@ def test_a_stopped_comparison_says_so(run, monkeypatch, signal, code):
     assert len(done.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("words", [[], ["--resume"], ["--overwrite"]])
+def test_another_programs_checkpoint_is_left_alone(run, tmp_path, words):
+    torch.save({"net": torch.zeros(2)}, tmp_path / CHECKPOINT)
+    before = tree(tmp_path)
+    done = run("train", *SMALL, "--out", ".", *words)
+    assert done.code == 2 and CHECKPOINT in done.err and len(done.err.splitlines()) == 1
+    assert tree(tmp_path) == before
+
+
 # ---------------------------------------------------------------- usage
 
 

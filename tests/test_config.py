@@ -134,3 +134,8 @@ def test_an_option_of_something_without_options_is_refused_in_one_line():
 def test_the_seed_of_the_data_is_the_runs_unless_given():
     assert make_config({"seed": 3}).split_seed == 3
     assert make_config({"seed": 3, "data_seed": 0}).split_seed == 0
+
+
+def test_options_given_together_join_those_given_before():
+    made = make_config({}, ["width=8", 'model_options={"depth": 2}', "width=9"])
+    assert made.model_options == {"width": 9, "depth": 2}
