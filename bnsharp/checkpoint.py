@@ -179,6 +179,10 @@ class RunFolder:
         """Whether a run was started here."""
         return (self.path / CONFIG).is_file()
 
+    def begun(self) -> bool:
+        """Whether a run has left records or a checkpoint here."""
+        return any((self.path / name).exists() for name in (METRICS, CHECKPOINT, PREVIOUS))
+
     def config(self) -> dict[str, Any]:
         """The stored configuration."""
         try:

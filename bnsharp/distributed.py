@@ -27,6 +27,7 @@ from bnsharp import randomness
 from bnsharp.checks import whole
 from bnsharp.errors import InputError, RankLostError
 from bnsharp.exchange import Spread, Sum
+from bnsharp.stopping import lost_worker
 from bnsharp.types import Params, Step, Term
 
 T = TypeVar("T")
@@ -387,4 +388,6 @@ def _telling() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if lost_worker(error):  # told by a signal, wherever the process was at that moment
+            raise
         raise RankLostError(f"a rank has died, or lost its connection ({_first_line(error)})") from error

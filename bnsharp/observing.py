@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,23 +28,29 @@ def accuracy(output: Any, y: Any) -> Tensor:
     return (output.argmax(1) == y).double().mean()
 
 
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Every module is in training or evaluation mode afterwards as it was before."""
+    before = {m: m.training for m in module.modules()}
+    try:
+        yield
+    finally:
+        for m, mode in before.items():
+            m.training = mode
+
+
 def evaluate(module: nn.Module, criterion: Criterion, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
     """Mean loss and accuracy over batches with running statistics, each example weighted equally."""
-    was_training = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            loss = correct = torch.zeros((), dtype=torch.float64)
-            n = 0
-            for x, y in batches:
-                args, kwargs = arguments(x)
-                output, size = module(*args, **kwargs), batch_size(x)
-                loss = loss + size * criterion(output, y).double().cpu()
-                correct = correct + size * accuracy(output, y).cpu()
-                n += size
-    finally:
-        for m, mode in was_training.items():
-            m.training = mode
+    with modes_kept(module), torch.no_grad():
+        module.eval()
+        loss = correct = torch.zeros((), dtype=torch.float64)
+        n = 0
+        for x, y in batches:
+            args, kwargs = arguments(x)
+            output, size = module(*args, **kwargs), batch_size(x)
+            loss = loss + size * criterion(output, y).double().cpu()
+            correct = correct + size * accuracy(output, y).cpu()
+            n += size
     if not n:
         raise InputError("evaluation got no batch; expected at least one")
     return {"loss": float(loss / n), "accuracy": float(correct / n)}

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -43,6 +44,11 @@ class StopRequest:
             signal.signal(number, before)
         if self.signal is not None and kind is None and not self._acted:
             os.kill(os.getpid(), self.signal)
+
+    def asked(self, gather: Callable[[float], list[float]]) -> bool:
+        """Whether a signal has come, here or on another rank (``gather`` tells): it is then this one's too."""
+        self.signal = int(max(gather(float(self.signal or 0)))) or None  # SIGTERM is the larger number
+        return self.signal is not None
 
     def ignore_children(self) -> None:
         """Until the end of the context nobody hears of ended children (SIGCHLD): they are being cleaned up."""

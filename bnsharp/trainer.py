@@ -26,7 +26,7 @@ from bnsharp.evaluation import Engine
 from bnsharp.loop import DIRECTIONS, backward
 from bnsharp.loopstate import LoopState, check_finite, drawn
 from bnsharp.objective import batch_size, check_parts
-from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluated, tracked
+from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluated, modes_kept, tracked
 from bnsharp.regularizers import Plain, Regularizer, check_weight
 from bnsharp.schedules import Schedule, constant
 from bnsharp.stopping import StopRequest, lost_worker, release
@@ -55,7 +55,8 @@ class Trainer:
     and ends with the same parameters as one that never was.
 
     Args:
-        module: trained in place.
+        module: trained in place, in training mode (``module.train()`` before each epoch: layers that should stay in
+            evaluation mode are kept there by a ``train`` of the module's own).
         criterion: ``(output, y) -> scalar``, the mean over the batch.
         epoch: ``generator -> batches``, one shuffled pass; called once per epoch. Resuming within an epoch draws its
             batches again and skips those already used, so that any such function works.
@@ -78,7 +79,8 @@ class Trainer:
         resume: continue from the folder's checkpoint.
         engine: how several perturbed points of one step are evaluated; one engine for the whole run.
         ranks: processes that train together (:func:`bnsharp.distributed.joined`): each draws the same batches and takes
-            its part of every one. Rank 0 alone is given a folder.
+            its part of every one. Rank 0 alone is given a folder. At the first batch of each epoch the whole loss is
+            compared with the one put together from parts.
         directions: ``"synchronised"``: steps are those of one process on the whole batches, up to rounding;
             ``"local"``: each rank takes a step on its part, with its own batch statistics and directions, and their
             gradients are averaged (m-SAM). Running statistics and the regulariser's state are averaged too.
@@ -86,7 +88,8 @@ class Trainer:
         on_epoch: called with each epoch's record.
 
     Raises:
-        InputError: bad settings; a folder that another process writes; two damaged checkpoints.
+        InputError: bad settings; a folder that another process writes, or that holds a run without ``resume``; two
+            damaged checkpoints; a second ``fit`` that has no checkpoint to go back to.
         DivergedError: a non-finite loss or gradient; that step is not taken, and the last checkpoint is kept.
         StorageError, DataError: a full disk, a killed data worker; the last checkpoint is kept.
         Interrupted, Terminated: SIGINT, SIGTERM, on any rank.
@@ -146,24 +149,26 @@ class Trainer:
         self.ranks, self.directions = ranks, directions
         one_of("directions", directions, DIRECTIONS)
         self.on_step, self.on_epoch = on_step, on_epoch
+        self._begun = False
 
     def fit(self) -> Result:
-        """Train to the last epoch; the caller's global random states are left as they were."""
+        """Train to the last epoch; global random states, signal handlers and the module's modes are put back."""
         device = P.first(self.params).device
         with ExitStack() as stack:
             self._stop = stack.enter_context(StopRequest())
             if self.folder is not None:
                 stack.enter_context(self.folder.locked())
             stack.enter_context(randomness.seeded(self.seed, device))
+            stack.enter_context(modes_kept(self.module))
             return self._fit(device)
 
     def _fit(self, device: torch.device) -> Result:
         averages = {name: average.init(self.module) for name, average in self.averages.items()}
         self._run = LoopState.new(self.seed, device, self.regularizer(0).init(self.params), averages)
         self._kept: str | None = None
-        self._asked = self._checked = False
         self._writes = self.ranks.from_first(lambda: self.folder is not None)
         history = self._restore()
+        self._begun = True
         self.ranks.check_equal(self.params, "at the start")
         with self._lost_ranks():
             while self._run.epoch < self.epochs:
@@ -183,7 +188,7 @@ class Trainer:
     def _train(self, started: float) -> dict[str, Any]:
         self.module.train()
         run, epoch = self._run, self._run.epoch
-        weight = self.weight(epoch)
+        self._checked, weight = False, self.weight(epoch)
         with self._data_errors():
             self._steps(self.regularizer(epoch), weight, started)
         if not run.sums.steps:
@@ -218,7 +223,7 @@ class Trainer:
             self._rest(started)
 
     def _part(self, batch: Batch) -> Batch:
-        """This rank's part of a batch; the first one shows whether the loss is the mean of its parts."""
+        """This rank's part of a batch; an epoch's first one shows whether the loss is the mean of its parts."""
         if self.directions == "synchronised" and not self._checked:
             check_parts(self.module, self.criterion, batch, self.ranks)
         self._checked = True
@@ -252,12 +257,13 @@ class Trainer:
         """Between two steps: stop if asked to, write a checkpoint if one is due."""
         run = self._run
         due = self.checkpoint_steps is not None and run.steps % self.checkpoint_steps == 0
-        self._asked = self.ranks.any(self._stop.signal is not None)
-        if due or self._asked:
+        asked = self._stop.asked(self.ranks.gather)
+        if due or asked:
             self._meet()
             run.seconds = time.perf_counter() - started
             self._save()
-        self._leave_if_asked()
+        if asked:
+            raise self._stopped()
 
     @contextmanager
     def _data_errors(self) -> Iterator[None]:
@@ -295,12 +301,13 @@ class Trainer:
             with self._storage_errors():
                 self.folder.append(METRICS, record)
                 self.folder.append(TIMING, timing)
-        self._asked = self.ranks.any(self._stop.signal is not None)
-        if record["epoch"] % self.checkpoint_every == 0 or record["epoch"] == self.epochs or self._asked:
+        asked = self._stop.asked(self.ranks.gather)
+        if record["epoch"] % self.checkpoint_every == 0 or record["epoch"] == self.epochs or asked:
             self._save()
         if self.on_epoch is not None:
             self.on_epoch(record)
-        self._leave_if_asked()
+        if asked:
+            raise self._stopped()
 
     # ------------------------------------------------------------ checkpoints
 
@@ -328,16 +335,22 @@ class Trainer:
         if self.folder is None:
             return None, []
         with self._storage_errors():
-            return self.folder.reopen()
+            if self.resume:
+                return self.folder.reopen()
+            if self.folder.begun():
+                raise InputError(f"{self.folder.path} holds a run already; expected resume=True to go on with it, or a "
+                                 "new folder")
+        return None, []
 
     def _restore(self) -> list[dict[str, Any]]:
         """The records so far, after going back to the checkpoint if there is one."""
-        if not (self._writes and self.resume):
-            return []
-        stored, history = self.ranks.from_first(self._stored)
+        stored, history = self.ranks.from_first(self._stored) if self._writes else (None, [])
         run = self._run
         if stored is None:
-            return []
+            if self._begun:
+                raise InputError("fit() was called again and there is no checkpoint to go on from; expected a new "
+                                 "Trainer, with a fresh optimizer and schedule")
+            return history
         P.unwrap(self.module).load_state_dict(stored["module"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.scheduler.load_state_dict(stored["scheduler"])
@@ -345,11 +358,10 @@ class Trainer:
         self._kept = run.where
         return history
 
-    def _leave_if_asked(self) -> None:
-        if self._asked:
-            where = "" if self.folder is None else f" in {self.folder.path}"
-            kept = f"; that state is kept{where}" if self._kept == self._run.where else ""
-            raise self._stop.error(f"stopped after {self._run.where}{kept}")
+    def _stopped(self) -> BaseException:
+        where = "" if self.folder is None else f" in {self.folder.path}"
+        kept = f"; that state is kept{where}" if self._kept == self._run.where else ""
+        return self._stop.error(f"stopped after {self._run.where}{kept}")
 
     @contextmanager
     def _lost_ranks(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,28 @@ def _diverged(task: Task, reason: str) -> dict[str, Any]:
     }
 
 
-def _worker(task: Task, ticks: Any) -> dict[str, Any]:
+_ticks: Any = None
+"""In a worker: the queue of units done."""
+
+
+def _start_worker(ticks: Any) -> None:
+    global _ticks
+    _ticks = ticks
+    ticks.cancel_join_thread()  # a worker ends although nobody reads any more
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A study that was killed takes its workers along: they would hold its folders, and wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _worker(task: Task) -> dict[str, Any]:
     try:
-        return run_task(task, ticks.put)
+        return run_task(task, _ticks.put)
     except (KeyboardInterrupt, SystemExit) as stop:
         # the pool would report it and hand this process the next task
         os._exit(143 if isinstance(stop, SystemExit) else 130)
@@ -132,32 +152,44 @@ def run_study(
     """All tasks, one thread each, on as many processes as there are cores; results in the order of the tasks.
 
     The numbers do not depend on the number of workers. An interruption (SIGINT, SIGTERM) lets each run under way finish
-    its step and write a checkpoint, from which the same call goes on.
+    its step and write a checkpoint, from which the same call goes on; so does this process's end, however it came.
+
+    Raises:
+        RankLostError: a worker died; the others end like interrupted ones.
     """
     workers = min(workers or cores(), len(tasks))
     if workers == 1:
         return [run_task(task, advance) for task in tasks]
     context = multiprocessing.get_context("spawn")
-    with _terminable(), context.Manager() as manager:
-        ticks = manager.Queue()
-        pool = ProcessPoolExecutor(workers, mp_context=context)
+    with _terminable():
+        ticks = context.Queue()
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(ticks,))
         try:
             longest_first = sorted(range(len(tasks)), key=lambda i: -units(tasks[i]))
-            started = {i: pool.submit(_worker, tasks[i], ticks) for i in longest_first}
-            futures = [started[i] for i in range(len(tasks))]
+            started = {i: pool.submit(_worker, tasks[i]) for i in longest_first}
+            futures, seen = [started[i] for i in range(len(tasks))], 0
             while True:
                 done, _ = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
-                _drain(ticks, advance)
+                seen += _drain(ticks, advance)
                 for future in done:
                     future.result()
                 if len(done) == len(futures):
+                    advance(max(0, sum(map(units, tasks)) - seen))  # what is still on its way
                     return [f.result() for f in futures]
-        except BaseException:
+        except BaseException as error:
             for process in list((pool._processes or {}).values()):
                 process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                from bnsharp.errors import RankLostError
+
+                raise RankLostError(
+                    f"one of {workers} worker processes died; expected all of them to last: is there enough memory for "
+                    "so many? What is finished is kept: the same command goes on"
+                ) from error
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            ticks.close()
 
 
 @contextmanager
@@ -173,7 +205,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _drain(ticks: Any, advance: Callable[[int], None]) -> None:
+def _drain(ticks: Any, advance: Callable[[int], None]) -> int:
+    """Pass on the units that workers have told since the last time; their number."""
     total = 0
     while True:
         try:
@@ -182,3 +215,4 @@ def _drain(ticks: Any, advance: Callable[[int], None]) -> None:
             break
     if total:
         advance(total)
+    return total

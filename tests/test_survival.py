@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -31,6 +32,7 @@ from bnsharp.checkpoint import CHECKPOINT, CONFIG, LOCK, METRICS, PREVIOUS, SUMM
 from bnsharp.errors import DataError, InputError, Interrupted, Notice, StorageError, Terminated
 from bnsharp.regularizers import Plain
 from bnsharp.schedules import cosine
+from bnsharp.stopping import StopRequest
 from bnsharp.types import Params, Step
 
 N, BATCH, EPOCHS = 24, 6, 3
@@ -252,6 +254,77 @@ def test_another_thread_may_train():
     thread.start()
     thread.join()
     assert done == [EPOCHS * STEPS]
+
+
+def test_a_signal_on_one_rank_is_every_rank_s():
+    for own, others, kind in ((None, [signal.SIGINT], Interrupted), (signal.SIGINT, [signal.SIGTERM, 0], Terminated),
+                              (signal.SIGTERM, [signal.SIGINT], Terminated)):
+        stop = StopRequest()
+        stop.signal = own
+        assert stop.asked(lambda x, others=others: [x, *map(float, others)])
+        assert type(stop.error("stopped")) is kind
+    assert not StopRequest().asked(lambda x: [x, 0.0])
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def failing(where: str) -> dict[str, Any]:
+    """Settings of a run whose ``where`` raises sooner or later, evaluations after they have switched the modes."""
+
+    def evaluation(module: nn.Module) -> dict[str, float]:
+        module.eval()
+        return fail() if len(calls) else calls.append(1) or {"a": 1.0}
+
+    def fail(*arguments: Any) -> Any:
+        raise Stop
+
+    calls: list[int] = []
+    return {
+        "evaluation": {"evaluations": {"test": evaluation}}, "tracker": {"trackers": {"t": fail}, "track_every": 2},
+        "step": {"on_step": stop_after(STEPS + 1)}, "epoch": {"on_epoch": lambda r: fail() if r["epoch"] > 1 else None},
+        "batches": {"epoch": fail}, "nothing": {},
+    }[where]
+
+
+@pytest.mark.parametrize("where", ["evaluation", "tracker", "step", "epoch", "batches", "nothing"])
+def test_a_run_puts_back_what_it_changed(tmp_path, where):
+    """However it ends: signal handlers, random states, the network's modes, the lock."""
+    made = trainer(tmp_path, **failing(where))
+    made.module.eval()
+    made.module[1].train()
+    modes = [m.training for m in made.module.modules()]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    handlers, state, drawn = [signal.getsignal(n) for n in numbers], torch.get_rng_state(), random.getstate()
+    with contextlib.suppress(Stop):
+        made.fit()
+        assert where == "nothing"
+    assert [m.training for m in made.module.modules()] == modes and any(modes) and not all(modes)
+    assert [signal.getsignal(n) for n in numbers] == handlers
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == drawn
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_second_fit_goes_on_from_a_checkpoint_or_not_at_all(tmp_path):
+    """Its schedule is spent and its momenta are those of the end: not what a first fit would give."""
+    whole, cut = trainer(tmp_path / "whole"), trainer(tmp_path / "cut", resume=True, on_step=stop_after(STEPS + 3))
+    whole.fit()
+    with pytest.raises(Stop):
+        cut.fit()
+    cut.on_step = None
+    cut.fit()
+    same(whole, cut)
+    records = (tmp_path / "cut" / METRICS).read_bytes()
+    cut.fit()
+    same(whole, cut)
+    cut.resume = False
+    alone = trainer()
+    alone.fit()
+    for again, word in ((cut, "resume=True"), (alone, "new Trainer")):
+        with pytest.raises(InputError, match=word) as caught:
+            again.fit()
+        one_line(caught.value)
+    assert (tmp_path / "cut" / METRICS).read_bytes() == records
 
 
 # ---------------------------------------------------------------- a full disk
