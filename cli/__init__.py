@@ -46,8 +46,18 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             command(*arguments, **options)
         except KeyboardInterrupt:
             raise typer.Abort from None
+        except ImportError as error:  # what an interruption of a compiled module's import is made into
+            if not _interrupted(error):
+                raise
+            raise typer.Abort from None
 
     return run
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 app.command("demo")(told(alone(demo.demo)))

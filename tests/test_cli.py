@@ -135,10 +135,16 @@ def test_an_out_that_is_a_file_or_lies_below_one_is_refused(run, finished):
         refused(run("train", *SMALL, "--epochs", "1", "--out", out), SUMMARY)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("target", ["bnsharp.experiments.config.make_config", "bnsharp.experiments.run.load_data"])
-def test_an_interruption_before_anything_began_is_one_line(run, monkeypatch, target):
+def test_an_interruption_before_anything_began_is_one_line(run, monkeypatch, target, wrapped):
     def interrupted(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            if wrapped:  # as the import of a compiled module does
+                raise ImportError("initialization failed") from stop
+            raise
 
     monkeypatch.setattr(target, interrupted)
     done = run("train", *SMALL, "--out", "run")
