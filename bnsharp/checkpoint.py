@@ -156,7 +156,7 @@ class RunFolder:
             if key not in may_differ and stored.get(key) != config.get(key):
                 raise InputError(
                     f"{self.path} was run with {key}={stored.get(key)!r}, now {config.get(key)!r}; a run resumes "
-                    "with its own configuration: change it back, or pass --overwrite"
+                    "with its own configuration: change it back, choose another folder, or pass --overwrite"
                 )
         with self.locked():
             remove_unfinished(self.path, _FILES)

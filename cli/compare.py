@@ -22,7 +22,7 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of every run: lr=0.1, …")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder (default: runs/compare-ROWS-DATA-NOISE)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder (default: runs/compare-ROWS-DATA-MODEL-NOISE)")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (default: one per core)")] = None,
     json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the table")] = False,
 ) -> None:
@@ -40,7 +40,7 @@ def compare(
     chosen = comparison.rows_of(rows, algorithm or [])
     comparison.check_settings(set_ or [], label_noise)
     settings = [*(set_ or []), *([f"label_noise={label_noise}"] if label_noise else [])]
-    where = out or Path("runs") / f"compare-{rows}-{Path(data).name}-{round(100 * label_noise)}"
+    where = out or Path("runs") / f"compare-{rows}-{Path(data).name}-{model.replace(':', '-')}-{label_noise:g}"
     loaded = load_data(make_config({"data": data, "model": model}, settings))
     tasks = comparison.tasks(where, chosen, settings, data=data, model=model, seeds=seeds, epochs=epochs,
                              train_size=lambda options: len(loaded.train_labels))
