@@ -25,8 +25,10 @@ import bnsharp.cli
 import bnsharp.cli.display
 from bnsharp import Trainer, backward, scale_groups
 from bnsharp.algorithms import FAMILIES, algorithm
-from bnsharp.checkpoint import CHECKPOINT, SUMMARY, RunFolder
+from bnsharp.checkpoint import CHECKPOINT, LOCK, METRICS, SUMMARY, RunFolder, load
 from bnsharp.experiments.run import versions
+from bnsharp.experiments.study import Task, run_study
+from bnsharp.files import holder
 
 RUN = ["--batch-size", "16", "--epochs", "10", "--set", "train_size=96", "--set", "width=4", "--set", "depth=1",
        "--set", "threads=1", "--set", "checkpoint_steps=1"]
@@ -36,16 +38,16 @@ N, BATCH = 48, 16
 X, Y = examples(N)
 
 
-def forked(work: Callable[[], Any], log: Path) -> int:
-    """Start ``work`` in a process of its own."""
+def forked(work: Callable[[], Any], log: Path, errors: Path | None = None) -> int:
+    """Start ``work`` in a process of its own; what it prints goes to ``log``."""
     process = os.fork()
     if process:
         return process
     code = 1
     try:
-        with open(log, "a") as output:
+        with open(log, "a") as output, open(errors or log, "a") as other:
             os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
+            os.dup2(other.fileno(), 2)
         work()
         code = 0
     except SystemExit as stop:
@@ -66,6 +68,15 @@ def ended(process: int) -> bool:
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"a run ended with status {status}")
     return True
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Look again and again, but not for ever."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            sys.exit(f"waited {seconds} s for {what}")
+        time.sleep(0.005)
 
 
 # ---------------------------------------------------------------- the command
@@ -113,6 +124,62 @@ def kill_commands(root: Path, names: list[str], kills: int, rng: random.Random) 
             round_ += 1
         result["killed"][name] = killed
     return result
+
+
+def stop_command(root: Path, name: str, number: int) -> dict[str, Any]:
+    """``bnsharp train`` sent a signal at its seventh step, while a second one tries its folder; then resumed."""
+    folder, here, go = root / f"signal-{number}", root / f"here-{number}", root / f"go-{number}"
+    logs = {key: root / f"{key}-{number}.txt" for key in ("out", "err", "refused out", "refused err")}
+
+    def work() -> None:
+        save = RunFolder.save
+
+        def paused(self: RunFolder, payload: dict[str, Any]) -> None:
+            save(self, payload)
+            if payload["count"]["steps"] == 7:
+                here.touch()
+                wait_for(go.exists, "the signal")
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        RunFolder.save = paused  # type: ignore[method-assign]
+        command(name, folder)()
+
+    process = forked(work, logs["out"], logs["err"])
+    wait_for(here.exists, "the seventh step")
+    second = forked(command(name, folder, "--resume"), logs["refused out"], logs["refused err"])
+    refused = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+    os.kill(process, number)
+    go.touch()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    left = sorted(path.name for path in folder.iterdir())
+    stored = load(folder / CHECKPOINT)
+    assert ended(forked(command(name, folder, "--resume"), root / "log.txt"))
+    return {
+        "process": process, "code": code, "refused": refused, "left": left, "folder": str(folder),
+        "at": [stored["epoch"], stored["step"]], **{key: log.read_text() for key, log in logs.items()},
+    }
+
+
+# ---------------------------------------------------------------- a study
+
+
+def endless(root: Path, runs: int = 4) -> list[Task]:
+    """Runs that go on until they are stopped."""
+    config = {"data": "digits", "data_options": {"train_size": 96}, "model": "bn-mlp", "model_options": {"width": 4},
+              "algorithm": "sgd", "epochs": 100000, "checkpoint_every": 100000, "threads": 1}
+    return [Task("a", str(i), {**config, "seed": i}, str(root / f"run{i}"), {}, 1) for i in range(runs)]
+
+
+def kill_study(root: Path) -> list[str]:
+    """A study on two workers whose own process is killed; the folders that its workers have let go of."""
+    tasks = endless(root / "study")
+    process = forked(lambda: run_study(tasks, lambda n: None, workers=2), root / "log.txt")
+    folders = [Path(task.folder) for task in tasks]
+    wait_for(lambda: sum((f / METRICS).exists() for f in folders) == 2, "two runs under way")
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    wait_for(lambda: all(holder(f / LOCK) is None for f in folders), "workers to end")
+    return [str(f) for f in folders if f.exists()]
 
 
 # ---------------------------------------------------------------- the trainer
@@ -201,7 +268,12 @@ def main(root: Path) -> dict[str, Any]:
     results = [kill_operations(root, "sgds-1", lambda n: list(range(n // 2 - 12, n // 2 + 8)))]
     results += [kill_operations(root, name, lambda n: [rng.randrange(n // 2, n)]) for name in stateful()]
     killed = {k: v for r in results for k, v in r["killed"].items()}
-    return {"commands": commands, "trainer": {"killed": killed, "runs": [r for x in results for r in x["runs"]]}}
+    stopped = {number: stop_command(root, "sgds-1", number) for number in (signal.SIGINT, signal.SIGTERM)}
+    study = kill_study(root)
+    return {
+        "commands": commands, "stopped": stopped, "study": study,
+        "trainer": {"killed": killed, "runs": [r for x in results for r in x["runs"]]},
+    }
 
 
 if __name__ == "__main__":

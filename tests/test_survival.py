@@ -6,13 +6,13 @@ import contextlib
 import errno
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +22,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, bn_mlp, cross_entropy, examples, one_line, read_lines, tree
-from killing import RUN
+from killing import RUN, endless
+from processes import done, within
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnsharp import Trainer, files, scale_groups
 from bnsharp.algorithms import algorithm
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, LOCK, METRICS, PREVIOUS, SUMMARY, TIMING, RunFolder, load, save
-from bnsharp.errors import DataError, InputError, Interrupted, Notice, StorageError, Terminated
+from bnsharp.errors import DataError, InputError, Interrupted, Notice, RankLostError, StorageError, Terminated
+from bnsharp.experiments.study import run_study
 from bnsharp.regularizers import Plain
 from bnsharp.schedules import cosine
 from bnsharp.stopping import StopRequest
@@ -564,10 +566,10 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What ``tests/killing.py`` did."""
     root = tmp_path_factory.mktemp("killed") / "runs"
     program = Path(__file__).parent / "killing.py"
-    done = subprocess.run([sys.executable, program, root], capture_output=True, text=True, timeout=500)
+    ended = done([sys.executable, program, root], 400)
     log = root / "log.txt"
-    assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
-    result: dict[str, Any] = json.loads(done.stdout)
+    assert ended.returncode == 0, ended.stderr + (log.read_text() if log.exists() else "")
+    result: dict[str, Any] = json.loads(ended.stdout)
     return result
 
 
@@ -590,86 +592,64 @@ def test_a_kill_at_any_file_operation_leaves_no_trace(killed):
         assert_same(plain(one), plain(two), folder)
 
 
-LONG = [*RUN, "--epochs", "25"]
-
-
-def started(path: Path) -> subprocess.Popen[str]:
-    """A run in a process of its own, with its first checkpoint written."""
-
-    def default() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bnsharp.cli", "train", "--algorithm", "sgd", *LONG, "--overwrite", "--out", path],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default,
-    )
-    while process.poll() is None and not (path / CHECKPOINT).exists():
-        time.sleep(0.002)
-    return process
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody stops."""
-    from bnsharp.experiments.config import make_config
-    from bnsharp.experiments.run import train
-
-    path = tmp_path_factory.mktemp("whole") / "run"
-    settings = [RUN[i + 1] for i, word in enumerate(RUN) if word == "--set"]
-    values = {"data": "digits", "model": "bn-mlp", "algorithm": "sgd", "epochs": 25, "batch_size": 16}
-    train(make_config(values, settings), path)
-    return path
-
-
 @pytest.mark.parametrize("number", sorted(KINDS))
-def test_a_signal_ends_the_command_with_a_line_and_the_run_goes_on(run, whole_run, tmp_path, number):
-    path = tmp_path / "run"
-    for _ in range(5):  # again if the run was quicker than the signal
-        process = started(path)
-        refused = run("train", "--algorithm", "sgd", *LONG, "--out", path, "--resume")
-        running = process.poll() is None
-        process.send_signal(number)
-        out, err = process.communicate(timeout=100)
-        if process.returncode:
-            break
-    assert running and refused.code == 2 and f"process {process.pid}" in refused.err and refused.out == ""
-    assert process.returncode == KINDS[number][1] and out == "", err
-    line = err.splitlines()[-1]
-    stored = load(path / CHECKPOINT)
-    where = f"epoch {stored['epoch'] + 1}, step {stored['step']}" if stored["step"] else f"epoch {stored['epoch']}"
-    assert line == f"bnsharp: stopped after {where}; that state is kept in {path}: go on with --resume"
-    assert not (path / LOCK).exists() and not (path / SUMMARY).exists()
-    done = run("train", "--algorithm", "sgd", *LONG, "--out", path, "--resume")
-    assert done.code == 0, done.err
+def test_a_signal_ends_the_command_with_a_line_and_the_run_goes_on(killed, number):
+    """And meanwhile a second command is refused the folder."""
+    told = killed["stopped"][str(int(number))]
+    folder, whole = Path(told["folder"]), Path(killed["commands"]["runs"][0][1])
+    assert told["refused"] == 2 and told["refused out"] == "" and len(told["refused err"].splitlines()) == 1
+    assert f"process {told['process']}" in told["refused err"]
+    assert told["code"] == KINDS[number][1] and told["out"] == "" and told["at"] == [1, 2]
+    assert told["err"].splitlines()[-1] == (
+        f"bnsharp: stopped after epoch 2, step 2; that state is kept in {folder}: go on with --resume"
+    )
+    assert set(told["left"]) == {CONFIG, METRICS, TIMING, CHECKPOINT, PREVIOUS}
     for name in (CONFIG, METRICS, SUMMARY):
-        assert (path / name).read_bytes() == (whole_run / name).read_bytes(), name
-    assert_same(load(path / CHECKPOINT)["module"], load(whole_run / CHECKPOINT)["module"])
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert_same(load(folder / CHECKPOINT)["module"], load(whole / CHECKPOINT)["module"])
 
 
-STUDY = """
-from bnsharp.experiments.study import Task, run_study
-if __name__ == "__main__":
-    config = {"data": "digits", "data_options": {"train_size": 96}, "model": "bn-mlp", "model_options": {"width": 4},
-              "algorithm": "sgd", "epochs": 100000, "checkpoint_every": 100000, "threads": 1}
-    tasks = [Task("a", str(i), {**config, "seed": i}, f"run{i}", {}, 1) for i in range(4)]
-    run_study(tasks, lambda n: None, workers=2)
-"""
-
-
-def test_terminating_a_study_leaves_checkpoints_and_no_worker(tmp_path):
-    (tmp_path / "study.py").write_text(STUDY)
-    process = subprocess.Popen([sys.executable, "study.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    folders, until = [tmp_path / f"run{i}" for i in range(4)], time.monotonic() + 100
-    while time.monotonic() < until and sum((f / METRICS).exists() for f in folders) < 2:
-        time.sleep(0.05)
-    process.terminate()
-    process.communicate(timeout=100)
-    assert process.returncode == 143
+def under_way(folders: list[Path]) -> None:
+    """Two runs that stopped with a checkpoint although none was due, and that nobody holds."""
     begun = [f for f in folders if f.exists()]
     assert len(begun) == 2 and all(files.holder(f / LOCK) is None for f in begun)
     for folder in begun:
-        stored = load(folder / CHECKPOINT)  # none was due
+        stored = load(folder / CHECKPOINT)
         assert stored["count"]["steps"] > 0 and len(read_lines(folder / METRICS)) == stored["epoch"]
+
+
+def test_terminating_a_study_leaves_checkpoints_and_no_worker(tmp_path):
+    tasks = endless(tmp_path)
+    folders, handler = [Path(task.folder) for task in tasks], signal.getsignal(signal.SIGTERM)
+
+    def advance(n: int) -> None:
+        if sum((f / METRICS).exists() for f in folders) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with within(150), pytest.raises(SystemExit) as caught:
+        run_study(tasks, advance, workers=2)
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
+    assert not multiprocessing.active_children()
+    under_way(folders)
+
+
+def test_a_study_that_is_killed_takes_its_workers_along(killed):
+    """They would hold its folders, and wait for tasks that nobody gives."""
+    under_way([Path(f) for f in killed["study"]])
+
+
+def test_a_worker_that_is_killed_ends_the_study_in_one_line(tmp_path):
+    tasks = endless(tmp_path, 2)
+
+    def advance(n: int) -> None:
+        if all((Path(task.folder) / METRICS).exists() for task in tasks):
+            multiprocessing.active_children()[0].kill()
+
+    with within(150), pytest.raises(RankLostError, match="one of 2 worker processes died") as caught:
+        run_study(tasks, advance, workers=2)
+    one_line(caught.value)
+    assert not multiprocessing.active_children()
+    assert sum((Path(task.folder) / CHECKPOINT).exists() for task in tasks) == 1  # the other one stopped like any
 
 
 # ---------------------------------------------------------------- the command's own lines
@@ -680,23 +660,23 @@ def test_a_damaged_checkpoint_is_one_line_of_the_command(run, tmp_path):
     assert run(*arguments).code == 0
     before = tree(tmp_path / "run")
     damaged(tmp_path / "run" / CHECKPOINT, "truncated")
-    done = run(*arguments, "--resume")
-    (line,) = done.err.splitlines()
-    assert done.code == 0 and line.startswith("bnsharp: ") and CHECKPOINT in line and PREVIOUS in line
+    told = run(*arguments, "--resume")
+    (line,) = told.err.splitlines()
+    assert told.code == 0 and line.startswith("bnsharp: ") and CHECKPOINT in line and PREVIOUS in line
     assert tree(tmp_path / "run")[METRICS] == before[METRICS]
     damaged(tmp_path / "run" / CHECKPOINT, "truncated")
     damaged(tmp_path / "run" / PREVIOUS, "flipped")
-    done = run(*arguments, "--resume")
-    assert done.code == 2 and len(done.err.splitlines()) == 1 and "both damaged" in done.err
+    told = run(*arguments, "--resume")
+    assert told.code == 2 and len(told.err.splitlines()) == 1 and "both damaged" in told.err
 
 
 def test_a_full_disk_is_one_line_of_the_command(run, tmp_path, monkeypatch):
     arguments = ["train", "--algorithm", "sgd", *RUN, "--epochs", "2", "--out", "run"]
     with monkeypatch.context() as patch:
         full_at(patch, "fsync", 9)
-        done = run(*arguments)
-    (line,) = done.err.splitlines()
-    assert done.code == 1 and "No space left" in line and "--resume" in line
+        told = run(*arguments)
+    (line,) = told.err.splitlines()
+    assert told.code == 1 and "No space left" in line and "--resume" in line
     assert run(*arguments, "--resume").code == 0 and len(read_lines(tmp_path / "run" / METRICS)) == 2
 
 
