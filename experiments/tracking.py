@@ -34,6 +34,12 @@ EVALUATIONS = "tracking_evaluations"
 TRIED = 8
 """Examples on which tracked measures are tried before a run starts."""
 
+TRIAL: dict[str, int] = {
+    "steps": 0, "restarts": 0, "polish": 0, "draws": 2, "nodes": 3, "certify": 0, "iterations": 2, "halvings": 1,
+    "pilot": 1,
+}
+"""Largest values of these options in that trial, which only asks whether a measure can be taken."""
+
 DERIVED: dict[str, dict[str, Callable[[TrackingContext, float], float]]] = {
     # gradient descent at rate η on a quadratic is stable below η·λ_max = 2 (Cohen et al. 2021, arXiv:2103.00065)
     "hessian_top": {"lr_hessian_top": lambda context, value: context.lr * value},
@@ -52,12 +58,14 @@ class Tracked:
         objective: ``module -> Objective`` on the examples that are tracked.
         groups: scale groups of the network.
         seed: of every measure's random numbers, at every epoch.
+        trials: short forms of the measures for :meth:`attempt`; None takes the measures.
     """
 
     measures: Mapping[str, Measured]
     objective: Callable[[nn.Module], Objective]
     groups: ScaleGroups
     seed: int
+    trials: Mapping[str, Measured] | None = None
 
     def __call__(self, module: nn.Module, context: TrackingContext) -> dict[str, float]:
         """``NAME``, ``NAME_stderr``, ``NAME_error``, derived columns, ``effective_lr_*``, ``tracking_evaluations``.
@@ -88,7 +96,7 @@ class Tracked:
             InputError: what a measure says of its options or of the network; a network that it cannot be taken of (one
                 without second derivatives, say).
         """
-        for name, measure in self.measures.items():
+        for name, measure in (self.measures if self.trials is None else self.trials).items():
             try:
                 self._estimate(measure, objective, P.parameters(module))
             except RuntimeError as error:
@@ -128,8 +136,12 @@ def tracked_options(config: RunConfig) -> dict[str, dict[str, Any]]:
 def _cheap(name: str) -> dict[str, Any]:
     if name not in MEASURES:
         build_measure(name)  # raises
-    own = MEASURES[name].options()
-    return own | {k: v if own[k] is None else min(v, own[k]) for k, v in CHEAP.items() if k in own}
+    return _at_most(MEASURES[name].options(), CHEAP)
+
+
+def _at_most(options: dict[str, Any], largest: Mapping[str, int]) -> dict[str, Any]:
+    """The options, none of those in ``largest`` above its value there."""
+    return options | {k: v if options[k] is None else min(v, options[k]) for k, v in largest.items() if k in options}
 
 
 def tracker(
@@ -143,9 +155,10 @@ def tracker(
     """
     if not config.track:
         return None
-    built = {name: build_measure(name, groups, **options) for name, options in tracked_options(config).items()}
-    n = tracked_examples(config, data)
-    return Tracked(built, lambda module: objective(module, data, n), groups, config.seed)
+    chosen, n = tracked_options(config), tracked_examples(config, data)
+    built = {name: build_measure(name, groups, **options) for name, options in chosen.items()}
+    trials = {name: build_measure(name, groups, **_at_most(options, TRIAL)) for name, options in chosen.items()}
+    return Tracked(built, lambda module: objective(module, data, n), groups, config.seed, trials)
 
 
 MOST_EXAMPLES = 2000
