@@ -25,7 +25,9 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="any other setting: delta=0.05, label_noise=0.4, ema=0.99, …"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/DATA-MODEL-ALGORITHM-SEED)")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the folder's checkpoint; start where there is none")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue from the folder's checkpoint; start where there is none")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that the folder holds")] = False,
 ) -> None:
     """Train a network with a named algorithm into a run folder: configuration, metrics, timing, checkpoint, summary."""
