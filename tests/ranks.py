@@ -10,9 +10,11 @@ import copy
 import io
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ from bnsharp.trainer import evaluate
 Work = Callable[[Ranks], dict[str, Any]]
 
 
+SECONDS = 240
+"""After which ranks that are not done are given up."""
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -48,15 +54,27 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 def together(folder: Path, *work: Work, count: int = 2) -> list[dict[str, Any]]:
     """Results of some pieces of work on every rank, by their names: one launch."""
-    mp.spawn(_process, (count, free_port(), str(folder), work), nprocs=count)  # type: ignore[no-untyped-call]
+    context = mp.spawn(  # type: ignore[no-untyped-call]
+        _process, (count, f"file://{folder / 'meeting'}", str(folder), work), nprocs=count, join=False
+    )
+    try:
+        until = time.monotonic() + SECONDS
+        while not context.join(timeout=1):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{count} ranks were not done within {SECONDS} s")
+    finally:
+        for process in context.processes:
+            process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 
-def _process(rank: int, count: int, port: int, folder: str, work: tuple[Work, ...]) -> None:
+def _process(rank: int, count: int, meeting: str, folder: str, work: tuple[Work, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(environment(rank, count, port))
+    os.environ.update(environment(rank, count, 0))  # what commands see; the ranks meet in a file, which no one else has
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     with joined() as ranks:
         torch.save({w.__name__: w(ranks) for w in work}, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------- exchanges
@@ -203,12 +221,14 @@ def measured(ranks: Ranks) -> dict[str, Any]:
             "gaussian": measures.gaussian(sigma=0.05, draws=3), "hessian_trace": measures.hessian_trace(draws=3),
             "hessian_top": measures.hessian_top(iterations=12, certify=0), "fisher_rao": measures.fisher_rao(),
         }
+        if dtype == torch.float32:  # of each kind one: exchanges take their time
+            chosen = {name: chosen[name] for name in ("bn_sharpness", "gaussian")}
         for name, measure in chosen.items():
             estimate = measure(made, theta)
             values = [estimate.value, estimate.stderr, estimate.stderr_data or 0.0]
             result[f"{name}, {dtype}"] = torch.tensor(values, dtype=torch.float64)
         leaves = P.pmap(lambda p: p.clone().requires_grad_(), theta)
-        for name in ("bn_sharpness", "gaussian", "fisher_rao"):
+        for name in [n for n in ("bn_sharpness", "gaussian", "fisher_rao") if n in chosen]:
             penalty = chosen[name].penalty(made, leaves)
             grads = torch.autograd.grad(penalty, list(leaves.values()), allow_unused=True, materialize_grads=True)
             result[f"penalty of {name}, {dtype}"] = torch.cat([penalty.detach()[None], *(g.reshape(-1) for g in grads)])
@@ -319,6 +339,41 @@ def m_sam_by_hand(parts: int, rho: float = 0.1) -> dict[str, Tensor]:
                     p.sub_(0.05 * m)
     states = [net.state_dict() for net in nets]
     return {k: sum(s[k] for s in states) / parts for k in states[0]}  # type: ignore[misc]
+
+
+def ended(ranks: Ranks) -> dict[str, Any]:
+    """What every rank says of a run that something on rank 1 alone ends."""
+    alone, calls = ranks.index == 1, 0
+
+    def send(number: int) -> Callable[[int, int], None]:
+        return lambda epoch, step: os.kill(os.getpid(), number) if alone and step == 2 else None
+
+    def not_finite(output: Tensor, y: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return cross_entropy(output, y) * (float("nan") if alone and calls > 20 else 1.0)
+
+    def sorted_later(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal calls
+        calls += 1
+        for x, y in batches(generator):  # in the first epoch a class weight is no more than a factor
+            yield x, torch.zeros_like(y) if calls == 1 else y.sort().values
+
+    told: dict[str, Any] = {}
+    for name, settings in {
+        "interrupt": {"on_step": send(signal.SIGINT)}, "termination": {"on_step": send(signal.SIGTERM)},
+        "not finite": {"criterion": not_finite},
+        "parts": {"criterion": nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 0.1])), "epoch": sorted_later, "epochs": 2},
+    }.items():
+        calls = 0
+        made = trainer(ranks, "sam", {}, deep(torch.float32), **{k: v for k, v in settings.items() if k == "epochs"})
+        for key, value in settings.items():
+            setattr(made, key, value)
+        try:
+            made.fit()
+        except BaseException as error:
+            told[name] = [type(error).__name__, str(error)]
+    return told
 
 
 def bad_usage(ranks: Ranks) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import pytest
 import ranks as R
 import torch
 from helpers import SMALL, assert_same, one_line, read_lines, tree
+from processes import done, process
 from torch import Tensor
 
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMING, load
-from bnsharp.distributed import SINGLE, Ranks, joined, own_device
-from bnsharp.errors import InputError
+from bnsharp.distributed import SINGLE, Ranks, _telling, joined, own_device
+from bnsharp.errors import InputError, RankLostError
 from bnsharp.experiments.config import make_config
 from bnsharp.experiments.run import check_ranks
 
 WORK = (R.exchanges, R.normalised, R.evaluations, R.measured, R.uneven, R.refused, R.trained, R.local, R.masks,
-        R.bad_usage, R.documented)
+        R.ended, R.bad_usage, R.documented)
 
 
 @pytest.fixture(scope="module")
@@ -195,27 +197,51 @@ def test_the_page_s_program_runs_on_two_ranks_as_in_one_process(both, capsys):
     assert_near(both[0]["documented"]["numbers"], alone, 1e-3)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("interrupt", "Interrupted"), ("termination", "Terminated")])
+def test_a_signal_on_one_rank_stops_all_alike(both, name, kind):
+    assert both[0]["ended"][name] == both[1]["ended"][name] == [kind, "stopped after epoch 1, step 3"]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(both):
+    first, second = (result["ended"]["not finite"] for result in both)
+    assert first == second and first[0] == "DivergedError" and "epoch 1, step " in first[1]
+
+
+def test_a_loss_that_is_no_mean_is_noticed_in_a_later_epoch_too(both):
+    first, second = (result["ended"]["parts"] for result in both)
+    assert first[0] == "InputError" and "expected a criterion that is a mean over examples" in first[1]
+    assert second[0] == "RankLostError" and second[1].startswith("rank 1: ")
+
+
+def test_a_data_worker_lost_within_an_exchange_is_not_a_lost_rank():
+    """The loader tells by a signal, wherever the process is at that moment."""
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught, _telling():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert not isinstance(caught.value, RankLostError)
+    with pytest.raises(RankLostError, match="Connection closed"), _telling():
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+
+
 # ---------------------------------------------------------------- the command
 
 
-def start(folder: Path, rank: int, port: int, *arguments: Any) -> subprocess.Popen[str]:
+def start(folder: Path, rank: int, port: int, *arguments: Any) -> AbstractContextManager[subprocess.Popen[str]]:
     """One of two processes of ``bnsharp train``, as ``torchrun`` starts them."""
     environment = {**os.environ, **R.environment(rank, 2, port), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "bnsharp.cli", "train", *map(str, arguments), "--out", str(folder)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return process(
+        [sys.executable, "-m", "bnsharp.cli", "train", *map(str, arguments), "--out", folder], env=environment
     )
 
 
 def test_torchrun(tmp_path, run):
     arguments = ["train", "--algorithm", "sgds-2", *SMALL, "--set", "batch_size=31"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bnsharp.cli", *arguments,
-         "--out", str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    told = done(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bnsharp.cli",
+         *arguments, "--out", tmp_path / "two"],
+        200, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run folder:") == done.stdout.count("test accuracy") == 1
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("run folder:") == told.stdout.count("test accuracy") == 1
     assert run(*arguments, "--out", tmp_path / "one").code == 0
     one, two = (read_lines(tmp_path / name / METRICS) for name in ("one", "two"))
     assert_near(two, one, 1e-5)
@@ -244,22 +270,21 @@ def test_bad_usage_is_one_line_of_one_rank(both, name):
 
 
 def test_a_rank_that_is_killed_ends_the_job_and_the_run_resumes(tmp_path, run):
-    victim, port, arguments = 1, R.free_port(), ["--algorithm", "sgds-1", *SMALL[2:], "--epochs", 60]
-    processes = [start(tmp_path / "run", rank, port, *arguments) for rank in (0, 1)]
-    metrics, deadline = tmp_path / "run" / METRICS, time.monotonic() + 100
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
-        time.sleep(0.01)
-    processes[victim].kill()
-    survivor = processes[1 - victim]
-    _, told = survivor.communicate(timeout=60)
-    processes[victim].communicate(timeout=60)
+    port, arguments = R.free_port(), ["--algorithm", "sgds-1", *SMALL[2:], "--epochs", 60]
+    metrics, deadline = tmp_path / "run" / METRICS, time.monotonic() + 150
+    survivor, victim = (start(tmp_path / "run", rank, port, *arguments) for rank in (0, 1))
+    with survivor as survivor, victim as victim:
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+            assert time.monotonic() < deadline and survivor.poll() is None and victim.poll() is None
+            time.sleep(0.01)
+        victim.kill()
+        _, told = survivor.communicate(timeout=100)
     assert survivor.returncode == 1
     lines = [line for line in told.splitlines() if line.startswith("bnsharp: ")]
     assert len(lines) == 1 and "a rank has died" in lines[0], told
     assert "; the checkpoint of epoch" in lines[0] and lines[0].endswith("is kept: go on with --resume"), told
     before = len(metrics.read_text().splitlines())
     assert before < 60
-    done = run("train", *arguments, "--out", tmp_path / "run", "--resume")  # with one process
-    assert done.code == 0, done.err
+    again = run("train", *arguments, "--out", tmp_path / "run", "--resume")  # with one process
+    assert again.code == 0, again.err
     assert [r["epoch"] for r in read_lines(metrics)] == list(range(1, 61))
