@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(CURDIR)/$(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/bnsharp demo
@@ -28,6 +28,10 @@ types: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# Ours and others' side by side; writes benchmarks/results/. Not part of the tests: a timing is never asserted.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Speed and memory, ours and others' side by side: ``python -m benchmarks``."""
