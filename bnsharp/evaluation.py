@@ -161,9 +161,12 @@ class AbstractObjective(ABC):
         """``L(θ)`` and ``∇L(θ)``, detached."""
         self.evaluations["gradients"] += 1
         return self._mean(
-            lambda fn: self._ticked(lambda x: _value_and_grad(fn, x), params),
+            lambda fn: self._ticked(lambda x: self._value_and_grad(fn, x), params),
             lambda a, w, b: (a[0] + w * (b[0] - a[0]), P.combine(1 - w, a[1], w, b[1])),
         )
+
+    def _value_and_grad(self, fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
+        return _value_and_grad(fn, params)
 
     def many(self, source: Params | Sequence[Params]) -> Tensor:
         """``[L(θ_1), …, L(θ_n)]`` for a batch ``[n]`` or a sequence made on demand: shape ``[n]``."""
@@ -305,7 +308,7 @@ class AbstractObjective(ABC):
 
     def _grads(self, fn: LossFunction, points: list[Params]) -> tuple[Tensor, Params]:
         if len(points) == 1:
-            value, grad = _value_and_grad(fn, points[0])
+            value, grad = self._value_and_grad(fn, points[0])
             return value.unsqueeze(0), P.batch(grad)
         stacked = {k: v.detach() for k, v in P.stack(points).items()}
         grads, values = torch.func.vmap(
