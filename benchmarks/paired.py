@@ -1,19 +1,104 @@
-"""Paired timing: alternatives interleaved in one process, medians of per-round ratios with their spread.
+"""Paired measurement: alternatives interleaved in one process, medians of per-round ratios with their spread.
 
 A noisy machine slows whole stretches of time down. Alternatives are therefore run one after the other in every round,
-in an order that changes, and a ratio is taken within each round: what slows a round slows both of its sides.
+in an order that changes, and they are compared within each round: what slows a round slows both of its sides.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from benchmarks.allocations import peak_bytes
+
 Run = Callable[[], Any]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """In the place of an alternative: the package that it needs is not installed."""
+
+    package: str
+
+
+def needing(package: str, make: Callable[[], Run]) -> Run | Missing:
+    """``make()``, or what the table says where ``package`` (an import name) is not installed."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return Missing(package)
+    return make()
+
+
+def on_clock(run: Run) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def between_events(run: Run) -> float:
+    """Seconds of one call between two CUDA events."""
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    before.record()
+    run()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3
+
+
+CLOCKS: dict[str, Callable[[Run], float]] = {"cpu": on_clock, "cuda": between_events}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is measured of a call: ``take(run, device)``, shown by ``show``."""
+
+    name: str
+    take: Callable[[Run, torch.device], float]
+    show: Callable[[float], str]
+
+
+def seconds(value: float) -> str:
+    """A time with its unit, three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def mebibytes(value: float) -> str:
+    """An amount of memory in MiB."""
+    return f"{value / 2**20:.3g} MiB" if value < 1000 * 2**20 else f"{value / 2**20:.0f} MiB"
+
+
+SECONDS = Quantity("time", lambda run, device: CLOCKS[device.type](run), seconds)
+PEAK = Quantity("peak memory", lambda run, device: float(peak_bytes(run, device)), mebibytes)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How ours and another's are compared in one round."""
+
+    name: str
+    of: Callable[[float, float], float]
+    show: Callable[[float], str]
+
+
+RATIO = Comparison("ratio", lambda ours, theirs: ours / theirs, lambda x: f"{x:.3f}×")
+EXCESS = Comparison("excess", lambda ours, theirs: ours - theirs, lambda x: f"{x:+.3f} s")
+"""Ours beyond theirs, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -22,66 +107,125 @@ class Case:
 
     Attributes:
         name: a line for the table.
-        setup: called once; gives the alternatives by name. The first is ours, the second what it is held against.
-        limit: the ratio ours / second that is aimed at; None where none is.
+        setup: called once, with the device if it takes one; gives the alternatives by name. The first is ours, the
+            second what it is held against.
+        limit: what is aimed at for ours compared with the second; None where nothing is.
         rounds: how often every alternative is run.
         divide: what a time is divided by, per alternative (steps in a run, units of work): 1 where it is missing.
         note: where the limit comes from.
+        best: hold ours against the best of the others in the place of the second.
+        memory: whether peak memory is taken too, by one further call of each alternative.
+        quantity: what is measured of a call.
+        comparison: how ours is compared with the others.
     """
 
     name: str
-    setup: Callable[[], Mapping[str, Run]]
+    setup: Callable[..., Mapping[str, Run | Missing]]
     limit: float | None = None
     rounds: int = 11
     divide: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    best: bool = False
+    memory: bool = True
+    quantity: Quantity = SECONDS
+    comparison: Comparison = RATIO
+
+    @property
+    def takes_device(self) -> bool:
+        """Whether it runs on other devices than the CPU."""
+        return "device" in inspect.signature(self.setup).parameters
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Times in seconds by alternative, per round, and the ratios of the first to each other one."""
+    """What was measured of each alternative in each round, and ours compared with each other one.
+
+    Attributes:
+        times: seconds (or what else the case measures) by alternative, per round.
+        peaks: bytes by alternative, where they were taken.
+        missing: alternatives whose package is not installed, with its name.
+    """
 
     case: Case
     times: dict[str, list[float]]
+    peaks: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
-    def ratio(self, other: str) -> tuple[float, float, float]:
-        """Median and quartiles of ours / other over rounds."""
-        ours, theirs = (self.times[k] for k in (next(iter(self.times)), other))
-        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-        return middle, low, high
+    @property
+    def ours(self) -> str:
+        return next(iter(self.times))
 
     @property
     def others(self) -> list[str]:
         return list(self.times)[1:]
 
+    @property
+    def reference(self) -> str | None:
+        """What ours is held against; None where nothing is left of the others."""
+        if not self.others:
+            return None
+        return min(self.others, key=lambda k: statistics.median(self.times[k])) if self.case.best else self.others[0]
+
+    def compared(self, other: str) -> list[float]:
+        """Ours compared with another, per round."""
+        pairs = zip(self.times[self.ours], self.times[other], strict=True)
+        return [self.case.comparison.of(ours, theirs) for ours, theirs in pairs]
+
+    def ratio(self, other: str) -> tuple[float, float, float]:
+        """Median and quartiles of ours compared with another over rounds."""
+        values = self.compared(other)
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+        return middle, low, high
+
     def record(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        ratios = {}
+        for other in self.others:
+            low, high = interval_of_median(self.compared(other))
+            ratios[other] = {
+                **dict(zip(("median", "low", "high"), self.ratio(other), strict=True)), "interval": [low, high],
+            }
         return {
-            "case": self.case.name, "limit": self.case.limit, "note": self.case.note, "rounds": self.case.rounds,
-            "median_seconds": {k: statistics.median(v) for k, v in self.times.items()},
-            "ratios": {k: dict(zip(("median", "low", "high"), self.ratio(k), strict=True)) for k in self.others},
+            "case": self.case.name, "limit": self.case.limit, "note": self.case.note,
+            "rounds": len(self.times[self.ours]) if self.times else 0,
+            "quantity": self.case.quantity.name, "comparison": self.case.comparison.name,
+            "ours": self.ours if self.times else None, "reference": self.reference if self.times else None,
+            "medians": {k: statistics.median(v) for k, v in self.times.items()}, "ratios": ratios,
+            "peak_bytes": self.peaks, "not_installed": self.missing, "values": self.times,
         }
 
 
-def timed(run: Run, synchronize: Callable[[], None]) -> float:
-    """Seconds of one call, on a GPU until its work is done."""
-    synchronize()
-    started = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - started
+def interval_of_median(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """A distribution-free interval of the median: the order statistics whose binomial ranks hold ``confidence``.
+
+    With fewer than six values no two of them do, and the interval is their range.
+    """
+    ordered, n = sorted(values), len(values)
+    below, rank = 0.0, 0
+    while rank < n // 2:
+        below += math.comb(n, rank) / 2**n
+        if 2 * below > 1 - confidence:
+            break
+        rank += 1
+    rank = max(rank - 1, 0)
+    return ordered[rank], ordered[n - 1 - rank]
 
 
-def measure(case: Case, synchronize: Callable[[], None] = lambda: None, seed: int = 0) -> Outcome:
+def measure(case: Case, device: torch.device = CPU, seed: int = 0, rounds: int | None = None) -> Outcome:
     """All rounds of a case, after one round that is not counted."""
-    alternatives, order = dict(case.setup()), random.Random(seed)
+    made = dict(case.setup(device=device) if case.takes_device else case.setup())
+    missing = {name: run.package for name, run in made.items() if isinstance(run, Missing)}
+    alternatives = {name: run for name, run in made.items() if not isinstance(run, Missing)}
+    if not alternatives or next(iter(made)) in missing:
+        return Outcome(case, {}, missing=missing)
+    order, device = random.Random(seed), device if case.takes_device else CPU
     for run in alternatives.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for _ in range(case.rounds):
+    values: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(case.rounds if rounds is None else rounds):
         names = list(alternatives)
         order.shuffle(names)
         for name in names:
-            times[name].append(timed(alternatives[name], synchronize) / case.divide.get(name, 1.0))
-    return Outcome(case, times)
+            values[name].append(case.quantity.take(alternatives[name], device) / case.divide.get(name, 1.0))
+    peaks = {name: peak_bytes(run, device) for name, run in alternatives.items()} if case.memory else {}
+    return Outcome(case, values, peaks, missing)

@@ -14,7 +14,6 @@ from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from bnsharp import params as P
@@ -269,6 +268,8 @@ class Ascend(Fixed):
 
 def _polish(score: SearchScore, frame: Frame, climb: Climb, evaluations: int) -> Climb:
     """L-BFGS (SciPy's) on ``−log S`` over w, ``u_i = w_i/‖w_i‖``, from the best direction; keeps the best one seen."""
+    from scipy.optimize import minimize  # takes longer to import than all of this package
+
     like, best, best_scored = P.pick(climb.best, 0), climb.best, climb.best_scored
 
     def negative_log(w: np.ndarray) -> tuple[float, np.ndarray]:

@@ -1,0 +1,46 @@
+"""Import times in fresh processes: the package beyond what it stands on, ``--help`` beyond the least Typer program."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.paired import EXCESS, Case, Run
+
+BASE = "import torch, tensordict"
+MAIN = (
+    "from bnsharp import (Estimate, Measure, Objective, Sampling, Trainer, backward, exact_norms, geometry, laws, "
+    "measures, parameters, profiles, reduce, regularizers, scale_groups)"
+)
+"""What the README uses."""
+
+
+def process(*arguments: str) -> Run:
+    """A fresh interpreter, until it has ended."""
+
+    def run() -> None:
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+    return run
+
+
+def imports() -> Mapping[str, Run]:
+    return {"import bnsharp": process("-c", f"{BASE}\nimport bnsharp"), BASE: process("-c", BASE)}
+
+
+def names() -> Mapping[str, Run]:
+    return {"main names of bnsharp": process("-c", f"{BASE}\n{MAIN}"), BASE: process("-c", BASE)}
+
+
+def help_text() -> Mapping[str, Run]:
+    smallest = Path(__file__).with_name("two_commands.py")
+    return {"bnsharp --help": process("-m", "bnsharp.cli", "--help"), "two commands": process(str(smallest), "--help")}
+
+
+CASES = (
+    Case("import bnsharp, beyond torch and tensordict", imports, 0.3, memory=False, comparison=EXCESS),
+    Case("import of bnsharp's main names, beyond torch and tensordict", names, 0.3, memory=False, comparison=EXCESS),
+    Case("bnsharp --help, beyond a two-command Typer program", help_text, 0.2, 15, memory=False, comparison=EXCESS),
+)
