@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ class Engine:
         whole("chunk", self.chunk)
 
 
-def is_transformed(params: Params) -> bool:
+def is_transformed(params: Params | Mapping[str, Tensor]) -> bool:
     """Whether a ``torch.func`` transform is under way: there, gradients must be taken by ``torch.func`` too."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(wrapped(v) for v in params.values())

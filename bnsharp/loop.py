@@ -18,6 +18,7 @@ from bnsharp.errors import InputError
 from bnsharp.evaluation import Engine
 from bnsharp.passes import PassOverflow, is_finite
 from bnsharp.penalties import Penalty, Regularizer
+from bnsharp.structure import Structure
 from bnsharp.training_objective import REENTRANT, TrainingObjective
 from bnsharp.types import Params, State, Step
 
@@ -44,6 +45,7 @@ def backward(
     scaler: torch.amp.GradScaler | None = None,
     ranks: Ranks | None = None,
     directions: str = "synchronised",
+    share_gradient: bool = False,
 ) -> Step:
     """What ``loss.backward()`` does, for a regularised loss: add ``scale·gradient`` to every ``.grad``.
 
@@ -72,6 +74,8 @@ def backward(
             one alone. ``.grad`` is the same on all of them.
         directions: ``"synchronised"``: the step of the whole batch, with its batch statistics, as one process would
             take; ``"local"``: each rank a step on its part, averaged (m-SAM).
+        share_gradient: where ``.grad`` is None and ``scale`` 1, it becomes the very tensor in the step returned, so that
+            no copy is made; what then changes ``.grad`` in place (clipping) changes the step's gradient.
 
     Returns:
         The step: loss, penalty, gradient, gradients evaluated, state, the module's output (of this rank's part).
@@ -83,7 +87,8 @@ def backward(
     positive("scale", scale)
     one_of("precision", precision, PRECISIONS)
     one_of("directions", directions, DIRECTIONS)
-    owned = P.trainable(module)
+    structure = Structure(module)
+    owned = structure.trained or P.trainable(module)
     ambient = _Ambient.now(module, owned, scaler)
     ranks = _ranks_of(module) if ranks is None else ranks
     with _outside(ambient):
@@ -94,7 +99,7 @@ def backward(
         def objective(data: Batch, **options: Any) -> TrainingObjective:
             return TrainingObjective(
                 module, criterion, _usable(data), engine=engine, gradient_scale=grad_scale,
-                ranks=ranks if directions == "synchronised" else SINGLE, **options,
+                ranks=ranks if directions == "synchronised" else SINGLE, structure=structure, own=params, **options,
             )
 
         first = objective(batch, autocast=ambient.dtype, everywhere=precision == "ambient")
@@ -112,7 +117,7 @@ def backward(
         elif local:
             step = average(step, ranks, float(first.batch_size))
         reached = set(params.keys()) if ranks.count > 1 else {name for o in objectives for name in o.used}
-        _add(owned, step.gradient, scale if grad_scale is None else scale * grad_scale, reached)
+        _add(owned, step.gradient, scale if grad_scale is None else scale * grad_scale, reached, share_gradient)
     return replace(step, output=first.output, plain=None)  # one gradient less to hold
 
 
@@ -183,14 +188,17 @@ def _overflowed(objectives: list[TrainingObjective], params: Params, state: Stat
 
 
 def _add(
-    owned: Sequence[tuple[str, nn.Parameter]], gradient: Params, factor: float | Tensor, reached: set[str]
+    owned: Sequence[tuple[str, nn.Parameter]], gradient: Params, factor: float | Tensor, reached: set[str], share: bool
 ) -> None:
     """Add ``factor·gradient`` to ``.grad``; a parameter without a gradient in any pass is left alone."""
     for name, parameter in owned:
         if name not in reached and not bool(gradient[name].any()):
             continue
-        # a copy where it is kept: the step returned has the gradient as it is
-        update = gradient[name].clone() if isinstance(factor, float) and factor == 1.0 else factor * gradient[name]
+        update = gradient[name]
+        if not (isinstance(factor, float) and factor == 1.0):
+            update = factor * update
+        elif parameter.grad is None and not share:
+            update = update.clone()  # the step returned has the gradient as it is
         if parameter.grad is None:
             parameter.grad = update
         else:
@@ -218,6 +226,8 @@ def _batches(batches: Any) -> list[Batch]:
 
 def _usable(data: Any) -> Any:
     """A batch as it can be saved for a backward pass, also if it was made in inference mode."""
+    if isinstance(data, tuple) and all(isinstance(t, Tensor) and not t.is_inference() for t in data):
+        return data
     return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, data)
 
 

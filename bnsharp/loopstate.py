@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,30 +24,28 @@ VERSION = 2
 """Of what a checkpoint holds."""
 
 
+SUMMED = {"loss": True, "accuracy": True, "penalty": False, "ratio": False}
+"""What is summed over an epoch, and whether as a mean over examples (else over steps)."""
+
+
 @dataclass
 class Sums:
     """Sums over the steps of an epoch, in float64."""
 
     steps: int = 0
     examples: int = 0
-    totals: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
 
-    def add(self, step: Step, n: int, accuracy: Tensor) -> None:
-        """One step on ``n`` examples."""
-        values = {
-            "loss": n * step.loss.double(),
-            "accuracy": n * accuracy,
-            "penalty": step.penalty.double(),
-            "ratio": step.ratio.double(),
-        }
-        for key, value in values.items():
-            self.totals[key] = self.totals[key] + value if key in self.totals else value
+    def add(self, numbers: Mapping[str, float], n: int) -> None:
+        """One step on ``n`` examples, its :func:`numbers`."""
+        for key, per_example in SUMMED.items():
+            self.totals[key] = self.totals.get(key, 0.0) + (n * numbers[key] if per_example else numbers[key])
         self.steps, self.examples = self.steps + 1, self.examples + n
 
     def means(self) -> dict[str, float]:
         """Loss and accuracy per example, penalty and ratio per step."""
-        per = {"loss": self.examples, "accuracy": self.examples, "penalty": self.steps, "ratio": self.steps}
-        return {key: float(self.totals[key] / n) for key, n in per.items()}
+        per = {key: self.examples if per_example else self.steps for key, per_example in SUMMED.items()}
+        return {key: self.totals[key] / n for key, n in per.items()}
 
 
 @dataclass
@@ -140,7 +139,7 @@ class LoopState:
         self.averages = {k: self._placed(stored["averages"][k], v) for k, v in self.averages.items()}
         self.epoch = stored["epoch"]
         self.steps, self.gradients = stored["count"]["steps"], stored["count"]["gradients"]
-        totals = {k: v.to(self.device) for k, v in stored["sums"]["totals"].items()}
+        totals = {k: float(v) for k, v in stored["sums"]["totals"].items()}
         self.sums = Sums(stored["step"], stored["sums"]["examples"], totals)
         self.lr, self.seconds, self.start = stored["lr"], stored["seconds"], stored["start"]
         self.set_random(stored["random"])
@@ -180,20 +179,26 @@ def drawn(
     return streams
 
 
-def check_finite(step: Step, norm: Tensor, run: LoopState, kept: str) -> None:
-    """Refuse a step whose loss or gradient, of Euclidean norm ``norm``, is not finite; ``kept`` ends the message.
+def numbers(step: Step, norm: Tensor, accuracy: Tensor) -> dict[str, float]:
+    """Loss, penalty, ratio, accuracy and the norm of the whole gradient as plain numbers: one synchronisation."""
+    tensors = {"loss": step.loss, "norm": norm, "penalty": step.penalty, "ratio": step.ratio, "accuracy": accuracy}
+    device = step.loss.device
+    values = torch.stack([t.to(device, torch.float64) for t in tensors.values()])
+    return dict(zip(tensors, values.tolist(), strict=True))
+
+
+def check_finite(values: Mapping[str, float], run: LoopState, kept: str) -> None:
+    """Refuse a step whose loss or gradient is not finite (its :func:`numbers`); ``kept`` ends the message.
 
     Raises:
         DivergedError: with the epoch, the step and what is not finite.
     """
-    # one synchronisation; a penalty or ratio that a method does not compute is NaN
-    if bool((step.loss + norm).isfinite() & ~(step.penalty.isinf() | step.ratio.isinf())):
-        return
-    values = {"loss": step.loss, "norm of the gradient": norm}
-    wrong = [f"{k} {float(v):.4g}" for k, v in values.items() if not bool(v.isfinite())]
-    values = {"penalty": step.penalty, "ratio": step.ratio}
-    wrong += [f"{k} {float(v):.4g}" for k, v in values.items() if bool(v.isinf())]
-    raise DivergedError(
-        f"{', '.join(wrong)} at epoch {run.epoch + 1}, step {run.sums.steps + 1}, which was not taken; expected finite "
-        f"values: lower the learning rate or the perturbation{kept}"
-    )
+    names = {"loss": "loss", "norm": "norm of the gradient"}
+    wrong = [f"{name} {values[k]:.4g}" for k, name in names.items() if not math.isfinite(values[k])]
+    # a penalty or ratio that a method does not compute is NaN
+    wrong += [f"{k} {values[k]:.4g}" for k in ("penalty", "ratio") if math.isinf(values[k])]
+    if wrong:
+        raise DivergedError(
+            f"{', '.join(wrong)} at epoch {run.epoch + 1}, step {run.sums.steps + 1}, which was not taken; expected "
+            f"finite values: lower the learning rate or the perturbation{kept}"
+        )

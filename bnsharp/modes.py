@@ -7,7 +7,7 @@ only being measured. Every change is undone in a ``finally``, in reverse order, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bnsharp.errors import InputError
 from bnsharp.params import unwrap
+from bnsharp.structure import owns_statistics
 
 NEGLIGIBLE_EPS = 1e-30
 """A normalizer's ε that changes nothing: torch refuses 0 in training mode and accepts this, in float32 too."""
@@ -73,7 +74,7 @@ def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
     undo = _Undo()
     try:
         for m in unwrap(module).modules():
-            owner = _owns_statistics(m)
+            owner = owns_statistics(m)
             undo.train(m, owner and statistics == "batch")
             if owner and statistics == "batch":
                 _switch_off(m, undo)
@@ -86,12 +87,15 @@ def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
 
 
 @contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Training flags stay as they are, but evaluations do not change running statistics."""
+def frozen_statistics(module: nn.Module, owners: Iterable[nn.Module] | None = None) -> Iterator[None]:
+    """Training flags stay as they are, but evaluations do not change running statistics.
+
+    ``owners``: the submodules that have some, where they are known.
+    """
     undo = _Undo()
     try:
-        for m in unwrap(module).modules():
-            if m.training and _owns_statistics(m):
+        for m in unwrap(module).modules() if owners is None else owners:
+            if m.training and owns_statistics(m):
                 _switch_off(m, undo)
         yield
     finally:
@@ -157,10 +161,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
             for name in m.__dict__.keys() - attributes.keys():
                 del m.__dict__[name]
             m.__dict__.update(attributes)
-
-
-def _owns_statistics(module: nn.Module) -> bool:
-    return "running_mean" in module._buffers or "running_mean" in module.__dict__
 
 
 def _switch_off(module: nn.Module, undo: _Undo) -> None:

@@ -17,6 +17,7 @@ from bnsharp.distributed import SINGLE, SMALLEST_SHARE, Ranks
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine
 from bnsharp.modes import measuring
+from bnsharp.structure import Structure
 from bnsharp.synchronised import synchronised
 from bnsharp.types import Params, Term
 
@@ -50,11 +51,13 @@ class ModuleObjective(AbstractObjective):
     """What objectives on a module share: the functional call, its checks, its error messages."""
 
     def __init__(
-        self, module: nn.Module, criterion: Callable[[Any, Any], Tensor], engine: Engine | str, ranks: Ranks = SINGLE
+        self, module: nn.Module, criterion: Callable[[Any, Any], Tensor], engine: Engine | str, ranks: Ranks = SINGLE,
+        structure: Structure | None = None,
     ):
         super().__init__(engine, ranks)
-        self.module, self.criterion = P.unwrap(module), criterion
-        self._dtypes = {k: p.dtype for k, p in self.module.named_parameters()}
+        self.structure = Structure(module) if structure is None else structure
+        self.module, self.criterion = self.structure.module, criterion
+        self._dtypes = {k: p.dtype for k, p in self.structure.parameters.items()}
 
     def _tensors(self, params: Params) -> dict[str, Tensor]:
         """``params``, with buffers and frozen parameters in the same precision where the module has another."""

@@ -140,7 +140,9 @@ def shift(params: Params, v: Params, t: Tensor | float = 1.0) -> Params:
     """``θ + t v``; ``v`` may be a batch ``[n]``."""
     if isinstance(t, float) and t == 1.0:
         return pmap(lambda p, d: p + d, params, v)
-    return pmap(lambda p, d: p + t * d, params, v)
+    if isinstance(t, Tensor):
+        return pmap(lambda p, d: torch.addcmul(p, d, t.to(p.dtype)), params, v)
+    return pmap(lambda p, d: torch.add(p, d, alpha=t), params, v)
 
 
 def flatten(params: Params) -> Tensor:
@@ -178,7 +180,7 @@ def times(values: Tensor, x: Params) -> Params:
 def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Params:
     """``a x + b y``."""
     if isinstance(a, float) and a == 1.0:
-        return pmap(lambda p, q: p + b * q, x, y)
+        return shift(x, y, b)
     return pmap(lambda p, q: a * p + b * q, x, y)
 
 
@@ -209,6 +211,12 @@ def where(condition: Tensor, x: Any, y: Any) -> Any:
     return make({k: where(condition, x[k], y[k]) for k in x.keys()}, x.batch_size)
 
 
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing is recorded or transformed: then several tensors may share one operation."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(t.requires_grad or wrapped(t) for t in tensors)
+
+
 def dot(x: Params, y: Params) -> Tensor:
     """``⟨x, y⟩`` over all parameters: ``[]``, or ``[n]`` if either is a batch."""
     product = pmap(lambda a, b: a * b, x, y)
@@ -216,9 +224,18 @@ def dot(x: Params, y: Params) -> Tensor:
     return torch.stack([v.reshape(*v.shape[:lead], -1).sum(-1) for v in product.values()]).sum(0)
 
 
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all coordinates together, not differentiable; on one device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
 def norm(x: Params) -> Tensor:
     """Euclidean norm over all parameters: ``[]`` or ``[n]``, with zero gradient at zero."""
     lead = len(x.batch_size)
+    if not lead:
+        values = list(x.values())
+        if is_plain(values):
+            return total_norm(values)
     parts = [torch.linalg.vector_norm(v.reshape(*v.shape[:lead], -1), dim=-1) for v in x.values()]
     return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 

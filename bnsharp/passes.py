@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -48,25 +48,11 @@ class Draws:
 
 
 @contextmanager
-def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module's parameters are ``tensors``, wherever each of them is used (tied weights)."""
-    new = {id(p): tensors[name] for name, p in module.named_parameters() if name in tensors}
-    places = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if id(p) in new]
-    try:
-        for store, name, p in places:
-            store[name] = new[id(p)]  # type: ignore[assignment]
-        yield
-    finally:
-        for store, name, p in places:
-            store[name] = p
-
-
-@contextmanager
-def spare_statistics(module: nn.Module) -> Iterator[None]:
+def spare_statistics(owners: Iterable[nn.Module]) -> Iterator[None]:
     """Running statistics are copies: a forward pass repeated inside a backward pass (checkpointing) moves these."""
     kept = [
         (m._buffers, name, b)
-        for m in module.modules() if m.training and m._buffers.get("running_mean") is not None
+        for m in owners if m.training and m._buffers.get("running_mean") is not None
         for name, b in m._buffers.items() if b is not None
     ]
     try:

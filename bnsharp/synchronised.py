@@ -27,7 +27,10 @@ def synchronised(module: nn.Module, ranks: Ranks) -> Iterator[None]:
 
     The modules, their parameters and names stay; only their ``forward`` is another one, and is put back.
     """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)] if ranks.count > 1 else []
+    if ranks.count == 1:
+        yield
+        return
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     saved = [(m, m.__dict__.get("forward", _MISSING)) for m in norms]
     try:
         for m in norms:

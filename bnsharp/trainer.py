@@ -24,7 +24,7 @@ from bnsharp.distributed import SINGLE, Ranks
 from bnsharp.errors import DataError, DivergedError, InputError, RankLostError, StorageError
 from bnsharp.evaluation import Engine
 from bnsharp.loop import DIRECTIONS, backward
-from bnsharp.loopstate import LoopState, check_finite, drawn
+from bnsharp.loopstate import LoopState, check_finite, drawn, numbers
 from bnsharp.objective import batch_size, check_parts
 from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluated, modes_kept, tracked
 from bnsharp.regularizers import Plain, Regularizer, check_weight
@@ -212,12 +212,14 @@ class Trainer:
                     self.module, self.criterion, part, regularizer, weight,
                     other_batches=[self.ranks.share(next(others)) for _ in range(self.other_batches)],
                     generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
-                    ranks=self.ranks, directions=self.directions,
+                    ranks=self.ranks, directions=self.directions, share_gradient=True,
                 )
-            check_finite(step, self._clip(), run, self._keeping)
+            correct = self.ranks.mean(accuracy(step.output, part[1]), float(batch_size(part[0])))
+            values = numbers(step, self._clip(), correct)
+            check_finite(values, run, self._keeping)
             self.optimizer.step()
             self.scheduler.step()
-            self._count(step, batch, part)
+            self._count(step, values, batch)
             if self.on_step is not None:
                 self.on_step(run.epoch, run.sums.steps - 1)
             self._rest(started)
@@ -238,18 +240,17 @@ class Trainer:
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, which is not longer than ``max_norm`` afterwards."""
         gradients = [p.grad for p in self._trained if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = P.total_norm(gradients)
         if self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained, self.max_norm, norm)
         return norm
 
-    def _count(self, step: Step, batch: Batch, part: Batch) -> None:
+    def _count(self, step: Step, values: dict[str, float], batch: Batch) -> None:
         run = self._run
         run.regularizer = step.state
         run.steps += 1
         run.gradients += step.evaluations
-        correct = self.ranks.mean(accuracy(step.output, part[1]), float(batch_size(part[0])))
-        run.sums.add(step, batch_size(batch[0]), correct)
+        run.sums.add(values, batch_size(batch[0]))
         for name, average in self.averages.items():
             run.averages[name] = average.update(self.module, run.averages[name], run.steps)
 

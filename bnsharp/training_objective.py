@@ -18,9 +18,10 @@ from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine, is_transformed
 from bnsharp.modes import frozen_statistics
 from bnsharp.objective import ModuleObjective, arguments, batch_size
-from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, holding, is_finite, joined, spare_statistics
+from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, is_finite, joined, spare_statistics
+from bnsharp.structure import Structure
 from bnsharp.synchronised import synchronised
-from bnsharp.types import Params, Term
+from bnsharp.types import LossFunction, Params, Term
 
 REENTRANT = ("a layer is checkpointed with use_reentrant=True, which gives gradients to .backward() alone; expected "
              "use_reentrant=False")
@@ -46,6 +47,9 @@ class TrainingObjective(ModuleObjective):
         gradient_scale: a scalar by which losses are multiplied before they are differentiated, and gradients divided
             afterwards; with one, a loss or gradient that is not finite raises :class:`PassOverflow`.
         like: an objective on the same batch, whose random masks are used.
+        structure: of the module, where it is known.
+        own: views of the module's own parameters, as they will be passed to evaluations: there nothing is put into the
+            module and taken out again.
         ranks: processes that hold parts of the batch; losses, gradients and batch statistics are the whole batch's.
 
     Attributes:
@@ -69,9 +73,11 @@ class TrainingObjective(ModuleObjective):
         everywhere: bool = True,
         gradient_scale: Tensor | None = None,
         like: TrainingObjective | None = None,
+        structure: Structure | None = None,
+        own: Params | None = None,
         ranks: Ranks = SINGLE,
     ):
-        super().__init__(module, criterion, engine, ranks)
+        super().__init__(module, criterion, engine, ranks, structure)
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise InputError(f"a batch is a {type(batch).__name__}; expected a pair (x, y)")
         x, self.y = batch
@@ -81,8 +87,9 @@ class TrainingObjective(ModuleObjective):
         self.autocast, self.everywhere, self.gradient_scale = autocast, everywhere, gradient_scale
         self.used: set[str] = set()
         self._compiled = P.compiled(module)
-        self._trained = {k for k, p in self.module.named_parameters() if p.requires_grad}
-        self._places = {} if everywhere else {k: p.data_ptr() for k, p in self.module.named_parameters()}
+        self._own = own
+        self._trained = sum(p.requires_grad for p in self.structure.parameters.values())
+        self._addresses = {} if everywhere else {k: p.data_ptr() for k, p in self.structure.parameters.items()}
         self._draws: Draws = Draws() if like is None else like._draws
         self._begin()
 
@@ -160,7 +167,8 @@ class TrainingObjective(ModuleObjective):
         if not loss.requires_grad and not is_transformed(params):
             raise InputError(f"the loss of {type(self.module).__name__} depends on no parameter that requires grad; "
                              "expected one that does: is the output detached, or computed under no_grad?")
-        self._note_use(params)
+        if is_transformed(params):
+            self.used.update(params.keys())
         self._root = loss.grad_fn
         return loss if self.gradient_scale is None else Scaled.apply(loss, self.gradient_scale)  # type: ignore[no-untyped-call]
 
@@ -180,14 +188,14 @@ class TrainingObjective(ModuleObjective):
             held = alone if self._held is None else self._held
             held.close()
             if not updates:
-                held.enter_context(frozen_statistics(self.module))
+                held.enter_context(frozen_statistics(self.module, self.structure.owners))
             with (
                 self._draws.same(params),
                 nullcontext() if dtype is None else torch.autocast(P.first(params).device.type, dtype=dtype),
             ):
                 value = evaluate()
             if updates:
-                held.enter_context(spare_statistics(self.module))
+                held.enter_context(spare_statistics(self.structure.owners))
         if dtype is not None:
             # inside a context of the caller's, low-precision copies of every point's weights would outlive the point
             torch.clear_autocast_cache()
@@ -196,9 +204,11 @@ class TrainingObjective(ModuleObjective):
 
     def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
         converted = any(v.dtype != self._dtypes.get(k) for k, v in tensors.items())
-        if self._held is None or converted or is_transformed(P.make(tensors)):
+        if self._held is None or converted or is_transformed(tensors):
             return super()._call(tensors, x)
-        self._held.enter_context(holding(self.module, tensors))
+        parameters = self.structure.parameters
+        if any(v is not parameters[k] for k, v in tensors.items()):
+            self._held.enter_context(self.structure.holding(tensors))
         positional, named = arguments(x)
         differentiable = torch.is_grad_enabled() and any(v.requires_grad for v in tensors.values())
         # compiled code would not see that batch normalizations are synchronised
@@ -212,7 +222,7 @@ class TrainingObjective(ModuleObjective):
 
     def _is_own(self, params: Params) -> bool:
         """Whether these are the module's own parameters, or aliases of them."""
-        return not is_transformed(params) and all(v.data_ptr() == self._places.get(k) for k, v in params.items())
+        return not is_transformed(params) and all(v.data_ptr() == self._addresses.get(k) for k, v in params.items())
 
     # ------------------------------------------------------------ derivatives
 
@@ -220,6 +230,22 @@ class TrainingObjective(ModuleObjective):
         with self._first_derivatives():
             value, gradient = super().value_and_grad(params)
         return value, self._unscaled(gradient)
+
+    def _value_and_grad(self, fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
+        """A leaf that the loss does not reach gets zeros; the others' names are put into ``used``."""
+        if not self._once or is_transformed(params):
+            return super()._value_and_grad(fn, params)
+        parameters = self.structure.parameters
+        if params is self._own and not any(parameters[k]._backward_hooks for k in params.keys()):
+            leaves: dict[str, Tensor] = {k: parameters[k] for k in params.keys()}
+        else:  # also where hooks on a parameter would change this gradient and not those at other points
+            leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+        with torch.enable_grad():
+            value = fn(P.make(leaves))
+        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        reached = dict(zip(leaves, grads, strict=True))
+        self.used.update(k for k, g in reached.items() if g is not None)
+        return value.detach(), P.make({k: torch.zeros_like(leaves[k]) if g is None else g for k, g in reached.items()})
 
     def many_value_and_grad(self, source: Params | Sequence[Params]) -> tuple[Tensor, Params]:
         with self._first_derivatives():
@@ -237,7 +263,7 @@ class TrainingObjective(ModuleObjective):
 
         def apply(v: Params) -> Params:
             # checkpointed layers repeat their forward pass, as it was, in each product
-            with frozen_statistics(self.module), holding(self.module, like):
+            with frozen_statistics(self.module, self.structure.owners), self.structure.holding(like):
                 return product(v)
 
         return apply
@@ -248,7 +274,7 @@ class TrainingObjective(ModuleObjective):
         self._once = True
         try:
             yield
-            if len(self.used) < len(self._trained) and has_node(self._root, "CheckpointFunctionBackward"):
+            if len(self.used) < self._trained and has_node(self._root, "CheckpointFunctionBackward"):
                 raise InputError(REENTRANT)
         finally:
             self._once, self._root = False, None
@@ -266,11 +292,3 @@ class TrainingObjective(ModuleObjective):
 
     def _unscaled(self, gradient: Params) -> Params:
         return gradient if self.gradient_scale is None else P.pmap(lambda g: g / self.gradient_scale, gradient)
-
-    def _note_use(self, params: Params) -> None:
-        """Names of parameters that a gradient reaches from here are put into ``used``."""
-        for name, tensor in params.items():
-            if is_transformed(params):
-                self.used.add(name)
-            elif name not in self.used and tensor.requires_grad:
-                tensor.register_hook(lambda d, name=name: self.used.add(name))  # type: ignore[misc]

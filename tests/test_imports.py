@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
     ("checks", "files", "randomness", "stopping", "exchange"),  # of arguments; files, random states, signals, ranks
     ("params", "checkpoint", "schedules", "quadrature", "divergence"),  # all but params: numbers and files
+    ("structure",),  # one walk over a module: its parameters and where they sit
     ("partition", "modes", "lanczos", "loopstate", "distributed"),  # sums over groups; modes; where a run is
     ("forms", "synchronised"),  # quadratic forms of one batch; batch statistics over ranks
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
