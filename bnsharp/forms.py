@@ -6,19 +6,17 @@ whose derivative has no derivative of its own is an error: autograd would leave 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
-from torch.nn.functional import batch_norm, instance_norm, layer_norm
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bnsharp import params as P
+from bnsharp.composed import Composed
 from bnsharp.errors import InputError, NotDifferentiableError
 from bnsharp.modes import math_attention
 from bnsharp.types import LossFunction, Params, Term
@@ -230,103 +228,3 @@ def _note_cut(cut: list[str], name: str, outgoing: Sequence[Any], incoming: Sequ
     results = [d for d in outgoing if isinstance(d, Tensor)]
     if reached and not any(d.requires_grad for d in results) and any(bool(d.any()) for d in results):
         cut.append(name)
-
-
-class Composed(TorchFunctionMode):
-    """Within, normalizations whose derivatives of this order PyTorch lacks are made of elementary operations.
-
-    The second derivative of its weight normalization and the third of its layer normalization are wrong without a
-    word; batch and instance normalization have no third.
-    """
-
-    def __init__(self, order: int):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.table = {f: made for f, (least, made) in _COMPOSED.items() if order >= least}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.autograd.grad:  # itself such a function; checkpointed layers repeat their forward pass in it
-            with self._patched():
-                return func(*args, **(kwargs or {}))
-        return self.table.get(func, func)(*args, **(kwargs or {}))
-
-    @contextmanager
-    def _patched(self) -> Iterator[None]:
-        """The same by name, where a mode is not seen."""
-        homes: tuple[Any, ...] = (torch, torch.nn.functional)
-        names = {f: str(getattr(f, "__name__", "")) for f in self.table}
-        places = [(home, name, f) for f, name in names.items() for home in homes if getattr(home, name, None) is f]
-        try:
-            for home, name, f in places:
-                setattr(home, name, self.table[f])
-            yield
-        finally:
-            for home, name, f in places:
-                setattr(home, name, f)
-
-
-def _batch_norm(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Tensor:
-    """``torch.nn.functional.batch_norm``; the statistics of the batch are over all but dimension 1."""
-    if training:
-        if running_mean is not None or running_var is not None:  # moves them, and refuses a single value per channel
-            with torch.no_grad():
-                batch_norm(x.detach(), running_mean, running_var, None, None, True, momentum, eps)
-        return _normalized(x, None, None, weight, bias, [0, *range(2, x.ndim)], eps)
-    return _normalized(x, running_mean, running_var, weight, bias, [], eps)
-
-
-def _instance_norm(
-    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
-    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-) -> Tensor:
-    """``torch.nn.functional.instance_norm``; the statistics of each example and channel."""
-    if use_input_stats:
-        if running_mean is not None or running_var is not None:
-            with torch.no_grad():
-                instance_norm(x.detach(), running_mean, running_var, None, None, True, momentum, eps)
-        return _normalized(x, None, None, weight, bias, list(range(2, x.ndim)), eps)
-    return _normalized(x, running_mean, running_var, weight, bias, [], eps)
-
-
-def _normalized(
-    x: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    dims: list[int], eps: float,
-) -> Tensor:
-    """``(x − mean)/√(variance + ε)·weight + bias`` along dimension 1; own statistics over ``dims`` if none given."""
-    shape = [1, -1, *[1] * (x.ndim - 2)]
-    if mean is None or variance is None:
-        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    else:
-        mean, variance = mean.reshape(shape), variance.reshape(shape)
-    y = (x - mean) * torch.rsqrt(variance + eps)
-    y = y if weight is None else y * weight.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)
-
-
-def _layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, cudnn_enable: bool = True,
-) -> Tensor:
-    """``torch.nn.functional.layer_norm``: over the last dimensions."""
-    variance, mean = torch.var_mean(x, list(range(-len(normalized_shape), 0)), correction=0, keepdim=True)
-    y = (x - mean) * torch.rsqrt(variance + eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``torch._weight_norm``: ``g v/‖v‖``, norms over all dimensions but one, or (−1) over all."""
-    dims = [i for i in range(v.ndim) if i != dim] if dim != -1 else list(range(v.ndim))
-    return v * (g * torch.rsqrt((v * v).sum(dims, keepdim=True)))
-
-
-_COMPOSED: dict[Any, tuple[int, Callable[..., Tensor]]] = {
-    torch._weight_norm: (2, _weight_norm),
-    torch.layer_norm: (3, _layer_norm),
-    layer_norm: (3, _layer_norm),
-    batch_norm: (3, _batch_norm),
-    instance_norm: (3, _instance_norm),
-}
-"""Function -> the order of derivative from which it is composed, and of what."""

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks", "files", "randomness", "stopping", "exchange"),  # of arguments; files, random states, signals, ranks
     ("params", "checkpoint", "schedules", "quadrature", "divergence"),  # all but params: numbers and files
     ("structure",),  # one walk over a module: its parameters and where they sit
-    ("partition", "modes", "lanczos", "loopstate", "distributed"),  # sums over groups; modes; where a run is
+    ("partition", "modes", "lanczos", "composed", "loopstate", "distributed"),  # groups; modes; where a run is
     ("forms", "synchronised"),  # quadratic forms of one batch; batch statistics over ranks
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("balls",),  # sets of unit directions
