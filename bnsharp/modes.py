@@ -7,7 +7,7 @@ only being measured. Every change is undone in a ``finally``, in reverse order, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bnsharp.errors import InputError
 from bnsharp.params import unwrap
-from bnsharp.structure import owns_statistics
+from bnsharp.structure import Structure, owns_statistics
 
 NEGLIGIBLE_EPS = 1e-30
 """A normalizer's ε that changes nothing: torch refuses 0 in training mode and accepts this, in float32 too."""
@@ -32,7 +32,7 @@ _hidden: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """Running statistics that a context has switched off, for an inner context that wants them."""
 
 
-class _Undo:
+class Undo:
     """Entries of dictionaries and training flags that were changed, undone last first."""
 
     def __init__(self) -> None:
@@ -56,6 +56,8 @@ class _Undo:
                 store[key] = value
         for module, mode in self._flags:
             module.training = mode
+        self._entries.clear()
+        self._flags.clear()
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
     """
     if statistics not in ("batch", "running"):
         raise InputError(f'statistics={statistics!r}; expected "batch" or "running"')
-    undo = _Undo()
+    undo = Undo()
     try:
         for m in unwrap(module).modules():
             owner = owns_statistics(m)
@@ -87,19 +89,39 @@ def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
 
 
 @contextmanager
-def frozen_statistics(module: nn.Module, owners: Iterable[nn.Module] | None = None) -> Iterator[None]:
-    """Training flags stay as they are, but evaluations do not change running statistics.
-
-    ``owners``: the submodules that have some, where they are known.
-    """
-    undo = _Undo()
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Training flags stay as they are, but evaluations do not change running statistics."""
+    undo = Undo()
     try:
-        for m in unwrap(module).modules() if owners is None else owners:
-            if m.training and owns_statistics(m):
-                _switch_off(m, undo)
+        freeze(unwrap(module).modules(), undo)
         yield
     finally:
         undo.undo()
+
+
+def freeze(modules: Iterable[nn.Module], undo: Undo) -> None:
+    """Evaluations do not change the running statistics of these modules until ``undo``."""
+    for m in modules:
+        if m.training and owns_statistics(m):
+            _switch_off(m, undo)
+
+
+def spare(owners: Iterable[nn.Module], undo: Undo) -> None:
+    """Running statistics are copies until ``undo``: a forward pass repeated in a backward pass (checkpointing) moves
+    these."""
+    for m in owners:
+        buffers = m._buffers
+        if m.training and buffers.get("running_mean") is not None:
+            for name, b in buffers.items():
+                if b is not None:
+                    undo.put(buffers, name, b.clone())
+
+
+def hold(structure: Structure, tensors: Mapping[str, Tensor], undo: Undo) -> None:
+    """The module's parameters are ``tensors``, wherever each of them is used (tied weights), until ``undo``."""
+    for name, tensor in tensors.items():
+        for store, key in structure.places(name):
+            undo.put(store, key, tensor)
 
 
 @contextmanager
@@ -109,7 +131,7 @@ def exact_norms(module: nn.Module) -> Iterator[None]:
     ``eps=None`` of :class:`torch.nn.RMSNorm` means machine epsilon and is replaced as well. An ε written as a
     number inside a ``forward`` cannot be reached.
     """
-    undo = _Undo()
+    undo = Undo()
     try:
         for m in unwrap(module).modules():
             for name in _EPS_NAMES:
@@ -163,7 +185,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
             m.__dict__.update(attributes)
 
 
-def _switch_off(module: nn.Module, undo: _Undo) -> None:
+def _switch_off(module: nn.Module, undo: Undo) -> None:
     """Running statistics None for torch's own normalizers, clones for a home-made one (which would crash)."""
     if isinstance(module, _NormBase):
         if module not in _hidden:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 from bnsharp import params as P
 from bnsharp.checks import one_of
 from bnsharp.distributed import SINGLE, SMALLEST_SHARE, Ranks
+from bnsharp.engines import Engine, Taken
 from bnsharp.errors import InputError
-from bnsharp.evaluation import AbstractObjective, Engine
-from bnsharp.modes import measuring
+from bnsharp.evaluation import AbstractObjective
+from bnsharp.modes import Undo, hold, measuring
 from bnsharp.structure import Structure
 from bnsharp.synchronised import synchronised
-from bnsharp.types import Params, Term
+from bnsharp.types import LossFunction, Params, Term
 
 _FULL = (torch.float32, torch.float64)
 
@@ -58,6 +61,8 @@ class ModuleObjective(AbstractObjective):
         self.structure = Structure(module) if structure is None else structure
         self.module, self.criterion = self.structure.module, criterion
         self._dtypes = {k: p.dtype for k, p in self.structure.parameters.items()}
+        self._rest: dict[tuple[torch.dtype, int], dict[str, Tensor]] | None = None
+        """Within a pass over the data: buffers and frozen parameters in another precision, by it and what is given."""
 
     def _tensors(self, params: Params) -> dict[str, Tensor]:
         """``params``, with buffers and frozen parameters in the same precision where the module has another."""
@@ -70,9 +75,13 @@ class ModuleObjective(AbstractObjective):
             )
         if all(v.dtype == self._dtypes[k] for k, v in given.items()):
             return given
-        dtype, rest = P.first(params).dtype, [*self.module.named_buffers(), *self.module.named_parameters()]
-        others = {k: t.detach().to(dtype) for k, t in rest if k not in given and t.is_floating_point()}
-        return {**others, **given}
+        dtype, known = P.first(params).dtype, {} if self._rest is None else self._rest
+        if (dtype, len(given)) not in known:
+            rest = [*self.module.named_buffers(), *self.structure.parameters.items()]
+            known[dtype, len(given)] = {
+                k: t.detach().to(dtype) for k, t in rest if k not in given and t.is_floating_point()
+            }
+        return {**known[dtype, len(given)], **given}
 
     def _loss(self, params: Params, x: Any, y: Any, keep: Callable[[Any], None] | None = None) -> Tensor:
         return self._judged(self._output(params, x, keep), y)
@@ -80,8 +89,8 @@ class ModuleObjective(AbstractObjective):
     def _output(self, params: Params, x: Any, keep: Callable[[Any], None] | None = None) -> Any:
         """The module's output; inputs follow the parameters into another precision than the module's."""
         tensors, dtype = self._tensors(params), P.first(params).dtype
-        if any(v.dtype != self._dtypes[k] for k, v in params.items()):
-            x = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
+        if any(v.dtype != self._dtypes[k] for k, v in tensors.items() if k in self._dtypes):
+            x = self._inputs(x, dtype)
         try:
             output = self._call(tensors, x)
         except ValueError as error:
@@ -94,6 +103,10 @@ class ModuleObjective(AbstractObjective):
         if keep is not None:
             keep(output)
         return output
+
+    def _inputs(self, x: Any, dtype: torch.dtype) -> Any:
+        """A batch's inputs in another precision than the module's."""
+        return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
 
     def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
         """The module at inputs x, with these tensors for parameters and buffers."""
@@ -141,7 +154,8 @@ class Objective(ModuleObjective):
         data: one ``(x, y)``, or a re-iterable of such batches, each weighted by its number of examples.
             ``x`` is a tensor, a tuple (``module(*x)``) or a dictionary (``module(**x)``).
         statistics: ``"batch"`` (the function is scale invariant) or ``"running"`` (it is not).
-        engine: how many points at once, see :class:`Engine`.
+        engine: how several points are evaluated, see :class:`bnsharp.Engine`. The default repeats every bit; ``"auto"``
+            is what is fastest here, and another run may choose an engine whose last bits differ.
         ranks: the processes that hold parts of the data (:func:`bnsharp.distributed.joined`). ``data`` is then this
             one's part of every batch (``ranks.share(batch)``), batch statistics are those of whole batches, and every
             number is that of one process with all of the data, on all ranks. All ranks make the same calls.
@@ -150,6 +164,8 @@ class Objective(ModuleObjective):
         InputError: one-shot iterators, shuffling loaders, a batch of one with batch statistics, a criterion
             that is not a scalar, a module that stays random when measured, ranks with different numbers of batches.
     """
+
+    takes_any_engine = True
 
     def __init__(
         self,
@@ -177,20 +193,32 @@ class Objective(ModuleObjective):
                 "batches: pass shuffle=False"
             )
         self.batch_size = None
-        for x, _ in self.batches:
+        self._shapes: list[Any] = []
+        for x, y in self.batches:
             self.batch_size = batch_size(x)
+            self._shapes = [(t.shape, t.dtype) for t in tree_flatten((x, y))[0] if isinstance(t, Tensor)]
             break
         if self.batch_size is not None:
             self.batch_size = int(sum(ranks.gather(self.batch_size)))
         else:
             raise InputError("data holds no batch; expected one (x, y) or a non-empty collection of batches")
         self._checked = False
+        self._converted: tuple[Any, torch.dtype, Any] | None = None
+
+    def signature(self) -> str:
+        """The network's layers and shapes, the first batch's shapes, criterion and statistics, as a checksum."""
+        if self._signature is None:
+            name = getattr(self.criterion, "__qualname__", None) or repr(self.criterion)
+            shapes = [(k, p.shape) for k, p in self.structure.parameters.items()]
+            known = [repr(self.module), shapes, self._shapes, name, self.statistics]
+            self._signature = hashlib.sha256(repr(known).encode()).hexdigest()[:20]
+        return self._signature
 
     def _terms(self) -> Iterator[Term]:
         for x, y in self.batches:
             yield Term(
                 float(batch_size(x)),
-                lambda params, x=x, y=y: self._loss(params, x, y),  # type: ignore[misc]
+                BatchLoss(self, x, y),
                 lambda params, x=x: self._output(params, x),  # type: ignore[misc]
                 lambda output, y=y: self._judged(output, y),  # type: ignore[misc]
             )
@@ -204,9 +232,45 @@ class Objective(ModuleObjective):
 
     @contextmanager
     def _session(self) -> Iterator[None]:
+        """One walk over the module per pass; buffers and inputs in another precision are kept until its end."""
         assert self.statistics is not None
+        self.structure = Structure(self.module)
+        self._dtypes = {k: p.dtype for k, p in self.structure.parameters.items()}
         with measuring(self.module, self.statistics), synchronised(self.module, self.ranks):
-            yield
+            self._rest = {}
+            try:
+                yield
+            finally:
+                self._rest = self._converted = None
+
+    def _inputs(self, x: Any, dtype: torch.dtype) -> Any:
+        if self._rest is None:
+            return super()._inputs(x, dtype)
+        if self._converted is None or self._converted[0] is not x or self._converted[1] != dtype:
+            self._converted = (x, dtype, super()._inputs(x, dtype))
+        return self._converted[2]
+
+    def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
+        if self._rest is None or not tensors.keys() <= self._dtypes.keys():
+            return super()._call(tensors, x)
+        undo, (positional, named) = Undo(), arguments(x)
+        try:
+            hold(self.structure, tensors, undo)
+            return self.module(*positional, **named)
+        finally:
+            undo.undo()
+
+    def _taken(self, fn: LossFunction, like: Params) -> Taken:
+        assert isinstance(fn, BatchLoss)
+        tensors, dtype, x = self._tensors(like), P.first(like).dtype, fn.x
+        if any(v.dtype != self._dtypes[k] for k, v in like.items()):
+            x = self._inputs(x, dtype)
+        return Taken(self._program, {k: v for k, v in tensors.items() if k not in like.keys()}, (x, fn.y))
+
+    def _program(self, points: dict[str, Tensor], rest: dict[str, Tensor], data: Any) -> Tensor:
+        """The loss as a pure function of tensors, for a compiler."""
+        x, y = data
+        return self._judged(torch.func.functional_call(self.module, {**rest, **points}, *arguments(x)), y)
 
     def check(self, params: Params) -> None:
         """Evaluate twice on at most 64 examples of the first batch; once per objective."""
@@ -239,6 +303,18 @@ class Objective(ModuleObjective):
                 "layer off in eval mode"
             )
         self._checked = True
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLoss:
+    """``θ ↦`` the loss of one batch of an objective."""
+
+    objective: Objective
+    x: Any
+    y: Any
+
+    def __call__(self, params: Params) -> Tensor:
+        return self.objective._loss(params, self.x, self.y)
 
 
 CHECKED = 64
@@ -278,7 +354,7 @@ def _equal(a: Any, b: Any) -> bool:
     return tensors and all(torch.equal(x, y) for x, y in zip(one, two, strict=True) if isinstance(x, Tensor))
 
 
-def random_states(params: Params) -> dict[torch.device, Tensor]:
+def random_states(params: Params | Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
     """The global random states that layers on the parameters' devices draw from."""
     states = {torch.device("cpu"): torch.get_rng_state()}
     for device in {v.device for v in params.values()}:

@@ -6,9 +6,10 @@ so that zero norms, blocks of rows and groups of several parameters are handled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class Group:
     kind: str
     members: tuple[str, ...]
     blocks: int
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is one whole parameter."""
+        return self.blocks == 1 and len(self.members) == 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Partition:
         """``K``, the number of groups."""
         return sum(group.blocks for group in self.groups)
 
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [group.blocks for group in self.groups]
+
     def _gather(self, x: Params, fold: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> Tensor:
         """``fold`` over the coordinates of each member's parts, ``join`` over the members of a group: ``[*, K]``."""
         lead, values, out = x.batch_size, dict(x.items()), []
@@ -83,9 +93,33 @@ class Partition:
 
     def norms(self, x: Params) -> Tensor:
         """``‖x_i‖`` per group, with zero gradient at zero: ``[*, K]``."""
+        if not x.batch_size and self.groups and P.is_plain(list(x.values())):
+            return self._plain_norms(dict(x.items()))
         return self._gather(
             x, lambda v: torch.linalg.vector_norm(v, dim=-1), lambda v: torch.linalg.vector_norm(v, dim=0)
         )
+
+    def _plain_norms(self, values: Mapping[str, Tensor]) -> Tensor:
+        """:meth:`norms` at one point without derivatives: whole tensors share one operation."""
+        whole = [values[group.members[0]] for group in self.groups if group.is_tensor]
+        totals = iter(torch.stack(torch._foreach_norm(whole)).split(self._runs) if whole else ())
+        out: list[Tensor] = []
+        inside = False
+        for group in self.groups:
+            if group.is_tensor:
+                if not inside:
+                    out.append(next(totals))
+                inside = True
+                continue
+            inside = False
+            parts = [_block_norms(values[name], group.blocks) for name in group.members]
+            out.append(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    @cached_property
+    def _runs(self) -> list[int]:
+        """Lengths of the stretches of groups that are one whole tensor each."""
+        return [len(list(run)) for is_tensor, run in groupby(group.is_tensor for group in self.groups) if is_tensor]
 
     def sizes(self, like: Params) -> Tensor:
         """``d_i``, the number of coordinates of each group: ``[K]``."""
@@ -94,20 +128,20 @@ class Partition:
 
     def spread(self, values: Tensor, like: Params) -> Params:
         """Per-group values ``[*, K]`` as tensors that broadcast against each parameter (0 outside every group)."""
-        lead, start = tuple(values.shape[:-1]), 0
-        out: dict[str, Tensor] = {}
-        for group in self.groups:
-            value = values.narrow(-1, start, group.blocks)
-            start += group.blocks
+        lead, own = tuple(values.shape[:-1]), len(like.batch_size)
+        shapes = {name: v.shape[own:] for name, v in like.items()}
+        out: dict[str, Tensor] = dict.fromkeys(shapes)  # type: ignore[arg-type]
+        for group, value in zip(self.groups, values.split(self._sizes, -1) if self.groups else (), strict=True):
             for name in group.members:
-                shape = _own_shape(like, name)
-                rows = shape[0] if shape else 1
-                each = value.repeat_interleave(rows // group.blocks, dim=-1) if 1 < group.blocks < rows else value
+                shape = shapes[name]
+                rows, each = shape[0] if shape else 1, value
+                if 1 < group.blocks < rows:
+                    each = value.repeat_interleave(rows // group.blocks, dim=-1)
                 out[name] = each.reshape((*lead, *(each.shape[-1:] if shape else ()), *[1] * (len(shape) - 1)))
-        for name in like.keys():
-            if name not in out:
-                out[name] = values.new_zeros((*lead, *[1] * len(_own_shape(like, name))))
-        return P.make({name: out[name] for name in like.keys()}, lead)
+        for name, v in out.items():
+            if v is None:
+                out[name] = values.new_zeros((*lead, *[1] * len(shapes[name])))
+        return P.make(out, lead)
 
     def scale(self, x: Params, values: Tensor) -> Params:
         """``values_i · x_i`` per group."""
@@ -125,3 +159,9 @@ class Partition:
 
 def _own_shape(like: Params, name: str) -> torch.Size:
     return like[name].shape[len(like.batch_size) :]
+
+
+def _block_norms(value: Tensor, blocks: int) -> Tensor:
+    """Norms of equal parts along dimension 0: ``[blocks]``."""
+    parts = value if value.ndim == 2 and len(value) == blocks else value.reshape(blocks, -1)
+    return torch.linalg.vector_norm(parts, dim=-1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bnsharp.objective import differ, random_states, restore
@@ -30,38 +29,20 @@ class Draws:
         """Those of n chunks of the batch, the same for every objective on it."""
         return self._parts.setdefault(n, [Draws() for _ in range(n)])
 
-    @contextmanager
-    def same(self, params: Params) -> Iterator[None]:
-        """An evaluation; in the end the global random state has moved on as after the first one alone."""
+    def begin(self, params: Mapping[str, Tensor] | Params) -> dict[torch.device, Tensor]:
+        """An evaluation begins; what it returns is for :meth:`end`."""
+        states = random_states(params) if self._states is None or self._states else {}
+        if self._states:
+            restore(self._states)
+        return states
+
+    def end(self, params: Mapping[str, Tensor] | Params, before: dict[torch.device, Tensor]) -> None:
+        """In the end the global random state has moved on as after the first evaluation alone."""
         if self._states is None:
-            before = random_states(params)
-            yield
             # a pass that drew nothing needs no masks remade
             self._states = before if differ(before, random_states(params)) else {}
-            return
-        current = random_states(params) if self._states else {}
-        try:
-            restore(self._states)
-            yield
-        finally:
-            restore(current)
-
-
-@contextmanager
-def spare_statistics(owners: Iterable[nn.Module]) -> Iterator[None]:
-    """Running statistics are copies: a forward pass repeated inside a backward pass (checkpointing) moves these."""
-    kept = [
-        (m._buffers, name, b)
-        for m in owners if m.training and m._buffers.get("running_mean") is not None
-        for name, b in m._buffers.items() if b is not None
-    ]
-    try:
-        for store, name, b in kept:
-            store[name] = b.clone()
-        yield
-    finally:
-        for store, name, b in kept:
-            store[name] = b
+        else:
+            restore(before)
 
 
 def detached(output: Any) -> Any:

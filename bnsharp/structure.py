@@ -6,11 +6,9 @@ pass itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bnsharp.params import unwrap
 
@@ -61,20 +59,9 @@ class Structure:
         """Names and parameters that require grad."""
         return [(name, p) for name, p in self.parameters.items() if p.requires_grad]
 
-    @contextmanager
-    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """The module's parameters are ``tensors``, wherever each of them is used (tied weights)."""
-        places, parameters = self._places, self.parameters
-        held = [name for name in tensors if name in places]
-        try:
-            for name in held:
-                for store, key in places[name]:
-                    store[key] = tensors[name]
-            yield
-        finally:
-            for name in held:
-                for store, key in places[name]:
-                    store[key] = parameters[name]
+    def places(self, name: str) -> list[Place]:
+        """Where a parameter sits: several places for a tied one, none for a name that is no parameter's."""
+        return self._places.get(name, [])
 
 
 def owns_statistics(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from bnsharp import params as P
 from bnsharp.distributed import SINGLE, Ranks
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine, is_transformed
-from bnsharp.modes import frozen_statistics
+from bnsharp.modes import Undo, freeze, hold, spare
 from bnsharp.objective import ModuleObjective, arguments, batch_size
-from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, is_finite, joined, spare_statistics
+from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, is_finite, joined
 from bnsharp.structure import Structure
 from bnsharp.synchronised import synchronised
 from bnsharp.types import LossFunction, Params, Term
@@ -98,7 +98,7 @@ class TrainingObjective(ModuleObjective):
         self._output_kept: Any = None
         self._loss_kept: Tensor | None = None
         self._parts: list[TrainingObjective] = []
-        self._held: ExitStack | None = None
+        self._held: Undo | None = None
         self._once = False
         self._root: Any = None
 
@@ -151,14 +151,15 @@ class TrainingObjective(ModuleObjective):
     @contextmanager
     def _session(self) -> Iterator[None]:
         """What an evaluation has put into the module stays until the next one, or the end."""
-        with synchronised(self.module, self.ranks), ExitStack() as stack:
-            self._held = stack
+        with synchronised(self.module, self.ranks):
+            self._held = held = Undo()
             try:
                 yield
             finally:
+                held.undo()
                 self._held = None
 
-    def _evaluate(self, params: Params) -> Tensor:
+    def _evaluate(self, params: Params | dict[str, Tensor]) -> Tensor:
         loss = self._forward(params, lambda: self._loss(params, self.x, self.y, self._keep))
         if self._loss_kept is None:
             self._loss_kept = loss.detach()
@@ -184,21 +185,25 @@ class TrainingObjective(ModuleObjective):
         """One forward pass in its precision, with the batch's masks; statistics move at the first one, if at all."""
         updates = self.update_statistics and not self._evaluated
         dtype = self.autocast if self.everywhere or self._is_own(params) else None
-        with ExitStack() as alone:
-            held = alone if self._held is None else self._held
-            held.close()
+        held = Undo() if self._held is None else self._held
+        held.undo()
+        states = self._draws.begin(params)
+        try:
             if not updates:
-                held.enter_context(frozen_statistics(self.module, self.structure.owners))
-            with (
-                self._draws.same(params),
-                nullcontext() if dtype is None else torch.autocast(P.first(params).device.type, dtype=dtype),
-            ):
+                freeze(self.structure.owners, held)
+            if dtype is None:
                 value = evaluate()
+            else:
+                with torch.autocast(P.first(params).device.type, dtype=dtype):
+                    value = evaluate()
+                # inside a context of the caller's, low-precision copies of every point's weights would outlive it
+                torch.clear_autocast_cache()
             if updates:
-                held.enter_context(spare_statistics(self.structure.owners))
-        if dtype is not None:
-            # inside a context of the caller's, low-precision copies of every point's weights would outlive the point
-            torch.clear_autocast_cache()
+                spare(self.structure.owners, held)
+        finally:
+            self._draws.end(params, states)
+            if self._held is None:
+                held.undo()
         self._evaluated = True
         return value
 
@@ -208,7 +213,7 @@ class TrainingObjective(ModuleObjective):
             return super()._call(tensors, x)
         parameters = self.structure.parameters
         if any(v is not parameters[k] for k, v in tensors.items()):
-            self._held.enter_context(self.structure.holding(tensors))
+            hold(self.structure, tensors, self._held)
         positional, named = arguments(x)
         differentiable = torch.is_grad_enabled() and any(v.requires_grad for v in tensors.values())
         # compiled code would not see that batch normalizations are synchronised
@@ -227,21 +232,36 @@ class TrainingObjective(ModuleObjective):
     # ------------------------------------------------------------ derivatives
 
     def value_and_grad(self, params: Params) -> tuple[Tensor, Params]:
+        if self.ranks.count > 1 or is_transformed(params):
+            with self._first_derivatives():
+                value, gradient = super().value_and_grad(params)
+            return value, self._unscaled(gradient)
+        self.evaluations["gradients"] += 1
         with self._first_derivatives():
-            value, gradient = super().value_and_grad(params)
+            self._held = held = Undo()  # one batch in one process: nothing to average or to synchronise
+            try:
+                value, gradient = self._finite(self._at(self._evaluate, params))
+            finally:
+                held.undo()
+                self._held = None
+        self._tick(1)
+        self.batches_seen, self.weight_seen = 1, float(self.batch_size)
         return value, self._unscaled(gradient)
 
     def _value_and_grad(self, fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
-        """A leaf that the loss does not reach gets zeros; the others' names are put into ``used``."""
         if not self._once or is_transformed(params):
             return super()._value_and_grad(fn, params)
+        return self._at(lambda leaves: fn(P.make(leaves)), params)
+
+    def _at(self, fn: Callable[[dict[str, Tensor]], Tensor], params: Params) -> tuple[Tensor, Params]:
+        """Loss and gradient: a leaf that the loss does not reach gets zeros, the others' names are put into ``used``."""
         parameters = self.structure.parameters
         if params is self._own and not any(parameters[k]._backward_hooks for k in params.keys()):
             leaves: dict[str, Tensor] = {k: parameters[k] for k in params.keys()}
         else:  # also where hooks on a parameter would change this gradient and not those at other points
             leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
         with torch.enable_grad():
-            value = fn(P.make(leaves))
+            value = fn(leaves)
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         reached = dict(zip(leaves, grads, strict=True))
         self.used.update(k for k, g in reached.items() if g is not None)
@@ -263,8 +283,13 @@ class TrainingObjective(ModuleObjective):
 
         def apply(v: Params) -> Params:
             # checkpointed layers repeat their forward pass, as it was, in each product
-            with frozen_statistics(self.module, self.structure.owners), self.structure.holding(like):
+            undo = Undo()
+            try:
+                freeze(self.structure.owners, undo)
+                hold(self.structure, like, undo)
                 return product(v)
+            finally:
+                undo.undo()
 
         return apply
 
