@@ -118,6 +118,7 @@ class Measure:
         check(objective, params)
         if generator is None:
             generator = P.seeded(DEFAULT_SEED, P.first(params).device)
+        objective.engines_taken.clear()
         before, state = objective.evaluations.copy(), generator.get_state()
         run = _Run(self, objective, params, generator)
         estimate = run.finish(sampling)
@@ -247,13 +248,12 @@ class _Run:
 
     def _estimate(self, target: float | None, **more: object) -> Estimate:
         value, stderr, effective, error, data = self._reduced()
-        engine = self.objective.engine
         estimate = Estimate(
             value=value, stderr=stderr, error=error, effective_samples=effective, stderr_data=data,
             statistics=self.objective.statistics, batch_size=self.objective.batch_size,
             examples=self.objective.examples, batches=max(1, self.objective.batches_seen),
             precision=str(P.first(self.anchor.params).dtype).removeprefix("torch."),
-            engine=engine.name if engine.name == "loop" else f"{engine.name}({engine.chunk})",
+            engine=self.objective.engine_used,
             **more,  # type: ignore[arg-type]
         )
         if target is None:

@@ -1,64 +1,33 @@
 """Evaluating losses, gradients and Hessian products: one point or many, one batch or a weighted mean of batches.
 
-Everything that evaluates a loss or a gradient goes through :class:`AbstractObjective`, so that engines (loop or vmap),
-counting and averaging over batches and over ranks live in one place. A plain function ``Params -> Tensor []`` is
-accepted wherever an objective is: see :func:`as_objective`.
+Everything that evaluates a loss or a gradient goes through :class:`AbstractObjective`, so that engines, counting and
+averaging over batches and over ranks live in one place. A plain function ``Params -> Tensor []`` is accepted wherever
+an objective is: see :func:`as_objective`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnsharp import params as P
-from bnsharp.checks import one_of, whole
 from bnsharp.distributed import SINGLE, Ranks, over_ranks
+from bnsharp.engines import Engine
 from bnsharp.errors import InputError
 from bnsharp.forms import GradientGraph, QuadraticForm, hessian_slope
+from bnsharp.grids import Grid, Points
+from bnsharp.pointwise import PointLosses
+from bnsharp.pointwise import is_transformed as is_transformed
 from bnsharp.types import LossFunction, Params, Term
 
 
-@dataclass(frozen=True)
-class Engine:
-    """How n points are evaluated: one after the other, or ``chunk`` at a time by ``torch.func.vmap``.
-
-    Both give the same numbers up to rounding; neither is faster everywhere (vmap over the weights of a
-    convolution becomes a grouped convolution). Never more than ``chunk`` points are held at once.
-    """
-
-    name: str = "loop"
-    chunk: int = 16
-
-    def __post_init__(self) -> None:
-        one_of("engine", self.name, ("loop", "vmap"))
-        whole("chunk", self.chunk)
-
-
-def is_transformed(params: Params | Mapping[str, Tensor]) -> bool:
-    """Whether a ``torch.func`` transform is under way: there, gradients must be taken by ``torch.func`` too."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(wrapped(v) for v in params.values())
-
-
-def _value_and_grad(fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
-    if is_transformed(params):
-        grads, value = torch.func.grad_and_value(lambda d: fn(P.make(d)))(dict(params.items()))
-        return value, P.make(grads)
-    leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
-    with torch.enable_grad():
-        value = fn(P.make(leaves))
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return value.detach(), P.make(dict(zip(leaves, grads, strict=True)))
-
-
-class AbstractObjective(ABC):
+class AbstractObjective(PointLosses, ABC):
     """A weighted mean of losses, one term per batch. Subclasses say what the terms are.
 
     With several ranks each holds a part of every batch, and all evaluate together.
@@ -66,10 +35,8 @@ class AbstractObjective(ABC):
 
     statistics: str | None = None
     batch_size: int | None = None
-
     def __init__(self, engine: Engine | str = "loop", ranks: Ranks = SINGLE):
-        self.engine = Engine(engine) if isinstance(engine, str) else engine
-        self.ranks = ranks
+        super().__init__(engine, ranks)
         self._totals: list[float] = []
         self.evaluations: Counter[str] = Counter()
         self.on_evaluation: Callable[[int], None] | None = None
@@ -165,9 +132,6 @@ class AbstractObjective(ABC):
             lambda a, w, b: (a[0] + w * (b[0] - a[0]), P.combine(1 - w, a[1], w, b[1])),
         )
 
-    def _value_and_grad(self, fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
-        return _value_and_grad(fn, params)
-
     def many(self, source: Params | Sequence[Params]) -> Tensor:
         """``[L(θ_1), …, L(θ_n)]`` for a batch ``[n]`` or a sequence made on demand: shape ``[n]``."""
         n = P.count(source)
@@ -194,9 +158,11 @@ class AbstractObjective(ABC):
         return self._each(evaluate)
 
     def _all_losses(self, fn: LossFunction, source: Params | Sequence[Params]) -> Tensor:
+        points = Points(source, reuse=True)
+        engine = self._engine_for(fn, points, gradients=False)
         parts = []
-        for r in self._chunks(P.count(source)):
-            parts.append(self._losses(fn, self._take(source, r)))
+        for r in self._split(P.count(source), engine):
+            parts.append(self._losses(fn, points, r, engine))
             self._tick(len(r))
         return torch.cat(parts)
 
@@ -207,7 +173,7 @@ class AbstractObjective(ABC):
 
     def along(self, params: Params, v: Params, t: Tensor) -> Tensor:
         """``[L(θ + t_1 v), …, L(θ + t_n v)]``, shape ``[n]``; never n copies of θ at once."""
-        return self.many(P.Lazy(len(t), lambda k: P.shift(params, v, t[k])))
+        return self.many(Grid(params, [v], t))
 
     def many_value_and_grad(self, source: Params | Sequence[Params]) -> tuple[Tensor, Params]:
         """Losses ``[n]`` and gradients, a batch ``[n]``; detached."""
@@ -215,9 +181,11 @@ class AbstractObjective(ABC):
         self.evaluations["gradients"] += n
 
         def evaluate(fn: LossFunction) -> tuple[Tensor, Params]:
+            points = Points(source)
+            engine = self._engine_for(fn, points, gradients=True)
             parts = []
-            for r in self._chunks(n):
-                parts.append(self._grads(fn, self._take(source, r)))
+            for r in self._split(n, engine):
+                parts.append(self._grads(fn, points, r, engine))
                 self._tick(len(r))
             if len(parts) == 1:
                 return parts[0]
@@ -235,9 +203,11 @@ class AbstractObjective(ABC):
         self.evaluations["gradients"] += n
 
         def evaluate(fn: LossFunction) -> Params:
-            total = None
-            for r in self._chunks(n):
-                part = self._weighted(fn, self._take(source, r), weights[:, r.start : r.stop])
+            points = Points(source)
+            engine, total = self._engine_for(fn, points, gradients=True), None
+            for r in self._split(n, engine):
+                _, grads = self._grads(fn, points, r, engine)
+                part = _weighted_sum(grads, weights[:, r.start : r.stop])
                 self._tick(len(r))
                 total = part if total is None else P.shift(total, part)
             assert total is not None
@@ -288,37 +258,16 @@ class AbstractObjective(ABC):
         raise InputError(f"{type(self).__name__} cannot be cut into {n} chunks; expected the objective of one batch, "
                          "as bnsharp.backward makes it")
 
-    def _chunks(self, n: int) -> list[range]:
-        size = self.engine.chunk if self.engine.name == "vmap" else 1
-        return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
-    def _take(self, source: Params | Sequence[Params], indices: range) -> list[Params]:
-        return [P.pick(source, i) for i in indices]
-
-    def _weighted(self, fn: LossFunction, points: list[Params], weights: Tensor) -> Params:
-        _, grads = self._grads(fn, points)
-        m = len(weights)
-        return P.make({k: torch.tensordot(weights.to(g.dtype), g, dims=1) for k, g in grads.items()}, (m,))
-
-    def _losses(self, fn: LossFunction, points: list[Params]) -> Tensor:
-        if len(points) == 1:
-            return fn(points[0]).unsqueeze(0)
-        stacked = dict(P.stack(points).items())
-        return torch.func.vmap(lambda d: fn(P.make(d)), randomness="same")(stacked)
-
-    def _grads(self, fn: LossFunction, points: list[Params]) -> tuple[Tensor, Params]:
-        if len(points) == 1:
-            value, grad = self._value_and_grad(fn, points[0])
-            return value.unsqueeze(0), P.batch(grad)
-        stacked = {k: v.detach() for k, v in P.stack(points).items()}
-        grads, values = torch.func.vmap(
-            torch.func.grad_and_value(lambda d: fn(P.make(d))), randomness="same"
-        )(stacked)
-        return values, P.make(grads, (len(points),))
+def _weighted_sum(grads: Params, weights: Tensor) -> Params:
+    """``Σ_k W_jk g_k``, a batch ``[m]``."""
+    return P.make({k: torch.tensordot(weights.to(g.dtype), g, dims=1) for k, g in grads.items()}, (len(weights),))
 
 
 class FunctionObjective(AbstractObjective):
     """A plain function ``Params -> Tensor []`` as an objective."""
+
+    takes_any_engine = True
 
     def __init__(self, fn: LossFunction, engine: Engine | str = "loop"):
         super().__init__(engine)

@@ -229,7 +229,7 @@ class PacBayesBound:
                 statistics=judged.statistics, batch_size=judged.batch_size, draws=result.draws,
                 examples=judged.examples, batches=max(1, judged.batches_seen),
                 precision=str(P.first(params).dtype).removeprefix("torch."),
-                engine=judged.engine.name if judged.engine.name == "loop" else f"vmap({judged.engine.chunk})",
+                engine=judged.engine_used,
                 converged=None if sampling.target is None else True, confidence=result.confidence,
             )
 

@@ -30,6 +30,7 @@ from bnsharp.forms import (
     output_form,
     parts_of,
 )
+from bnsharp.grids import Grid
 from bnsharp.modes import math_attention
 from bnsharp.quadrature import SegmentLaw, check_nodes, line_points, power_norm
 from bnsharp.types import Evaluated, Params, Term
@@ -161,9 +162,9 @@ class Sampled(Profile):
     def cost(self) -> int:
         return len(self.points())
 
-    def _grid(self, params: Params, v: Source) -> tuple[int, list[float], P.Lazy]:
-        n, t = P.count(v), self.points()
-        return n, t, P.Lazy(n * len(t), lambda i: P.shift(params, P.pick(v, i // len(t)), t[i % len(t)]))
+    def _grid(self, params: Params, v: Source) -> tuple[int, list[float], Grid]:
+        t = self.points()
+        return P.count(v), t, Grid(params, v, t)
 
     def __call__(self, objective: AbstractObjective | LossFunction, params: Params, v: Source) -> Tensor:
         objective = as_objective(objective)
@@ -199,7 +200,7 @@ class Sampled(Profile):
         times = weights.new_tensor(t)
         rows = []
         for i in range(n):
-            item = P.Lazy(len(t), lambda k, i=i: points[i * len(t) + k])  # type: ignore[misc]
+            item = Grid(anchor.params, [points.direction(i)], t)
             w = weights[i] * times
             w = torch.stack([w, weights[i]]) if theta else w[None]
             rows.append(anchor.objective.weighted_gradients(item, w))

@@ -25,10 +25,10 @@ FOLDERS = {
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
     ("checks", "files", "randomness", "stopping", "exchange"),  # of arguments; files, random states, signals, ranks
-    ("params", "checkpoint", "schedules", "quadrature", "divergence"),  # all but params: numbers and files
-    ("structure",),  # one walk over a module: its parameters and where they sit
+    ("params", "checkpoint", "schedules", "quadrature", "divergence", "engines"),  # engines: one point or several
+    ("structure", "grids", "choosing"),  # one walk over a module; points on lines; the fastest engine
     ("partition", "modes", "lanczos", "composed", "loopstate", "distributed"),  # groups; modes; where a run is
-    ("forms", "synchronised"),  # quadratic forms of one batch; batch statistics over ranks
+    ("forms", "synchronised", "pointwise"),  # quadratic forms, losses of one batch; batch statistics over ranks
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
     ("balls",),  # sets of unit directions
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
