@@ -1,8 +1,8 @@
 """Peak memory of a call: every allocation of PyTorch's allocators, those inside kernels among them.
 
 On a CPU the profiler's record of allocations and releases is summed up in the order of time; on a GPU the caching
-allocator keeps the peak itself. What was allocated before the call (network, batch) is not counted. Memory that a kernel
-library takes past PyTorch's allocator (oneDNN's and MKL's scratch space) is not seen.
+allocator keeps the peak itself. What was allocated before the call (network, batch) is not counted. Memory that a
+kernel library takes past PyTorch's allocator (oneDNN's and MKL's scratch space) is not seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 def on_cpu(run: Callable[[], Any], device: torch.device) -> int:
     """From the profiler's allocation events."""
-    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with _quiet(), torch.profiler.profile(activities=[cpu], profile_memory=True) as seen:
         run()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

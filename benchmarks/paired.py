@@ -63,11 +63,12 @@ CLOCKS: dict[str, Callable[[Run], float]] = {"cpu": on_clock, "cuda": between_ev
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured of a call: ``take(run, device)``, shown by ``show``."""
+    """What is measured of a call: ``take(run, device)``, shown by ``show``; ``warm``: after a call not counted."""
 
     name: str
     take: Callable[[Run, torch.device], float]
     show: Callable[[float], str]
+    warm: bool = True
 
 
 def seconds(value: float) -> str:
@@ -84,7 +85,7 @@ def mebibytes(value: float) -> str:
 
 
 SECONDS = Quantity("time", lambda run, device: CLOCKS[device.type](run), seconds)
-PEAK = Quantity("peak memory", lambda run, device: float(peak_bytes(run, device)), mebibytes)
+PEAK = Quantity("peak memory", lambda run, device: float(peak_bytes(run, device)), mebibytes, warm=False)
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,14 @@ def interval_of_median(values: Sequence[float], confidence: float = 0.95) -> tup
 
 
 def measure(case: Case, device: torch.device = CPU, seed: int = 0, rounds: int | None = None) -> Outcome:
-    """All rounds of a case, after one round that is not counted."""
+    """All rounds of a case, after one that is not counted where the quantity asks for it."""
     made = dict(case.setup(device=device) if case.takes_device else case.setup())
     missing = {name: run.package for name, run in made.items() if isinstance(run, Missing)}
     alternatives = {name: run for name, run in made.items() if not isinstance(run, Missing)}
     if not alternatives or next(iter(made)) in missing:
         return Outcome(case, {}, missing=missing)
     order, device = random.Random(seed), device if case.takes_device else CPU
-    for run in alternatives.values():
+    for run in alternatives.values() if case.quantity.warm else ():
         run()
     values: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(case.rounds if rounds is None else rounds):
