@@ -118,16 +118,18 @@ class Choice:
 
 
 _chosen: dict[str, Choice] = {}
+_taken: set[str] = set()
 
 
-def choices() -> list[Choice]:
-    """The choices of this process so far, those read from a file included."""
-    return list(_chosen.values())
+def choices(taken: bool = False) -> list[Choice]:
+    """All choices of this process so far, those read from a file included; or those that a call has ``taken``."""
+    return [choice for key, choice in _chosen.items() if not taken or key in _taken]
 
 
 def forget() -> None:
     """Forget all choices: the next calls are timed anew."""
     _chosen.clear()
+    _taken.clear()
 
 
 def bucket(n: int) -> int:
@@ -157,6 +159,7 @@ def choose(key: str, call: str, n: int, compile: bool, run: Callable[[Engine, in
     """
     if key not in _chosen:
         _chosen[key] = _Trial(n, compile, run, device, gradients).choice(call)
+    _taken.add(key)
     return _chosen[key].engine
 
 
@@ -252,6 +255,11 @@ def machine(device: torch.device) -> str:
     """What a choice is valid for besides the call: processor, PyTorch, threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def kept() -> Path:
+    """The file in which ``bnsharp measure --engine auto`` keeps its choices, in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnsharp" / "engines.json"
 
 
 def load(path: Path) -> None:

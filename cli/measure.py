@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -45,7 +47,13 @@ def measure(
         float | None,
         typer.Option(help="sample on until the 95% interval's half width is at most this fraction of the value"),
     ] = None,
-    engine: Annotated[str, typer.Option(help="several points by loop or by vmap")] = "loop",
+    engine: Annotated[
+        str, typer.Option(help="how several points are evaluated: loop, vmap, vmap:CHUNK, compiled, compiled:CHUNK, or "
+                          "the fastest by a short timing that is kept: auto, auto:compiled")
+    ] = "loop",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="say on standard error which engine was taken, and the times of all tried")
+    ] = False,
     exact: Annotated[bool, typer.Option("--exact-norms", help="with every normalizer's eps negligible")] = False,
     seed: Annotated[int, typer.Option(help="of draws, random starts and untrained networks")] = 0,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
@@ -53,10 +61,12 @@ def measure(
     """Measure the sharpness of a network on its training data, with sampling and numerical errors."""
     from bnsharp.checkpoint import to_json
     from bnsharp.cli.display import console, fitted, load_progress, number, progress
+    from bnsharp.engines import Engine
     from bnsharp.experiments.config import parse_setting
     from bnsharp.experiments.measuring import Setting, measure_each, options_for
     from bnsharp.experiments.sources import open_source
 
+    given = Engine.parse(engine)
     names = list(dict.fromkeys(measures or DEFAULT))
     options = options_for(names, set_ or [])
     setting = Setting(
@@ -69,7 +79,7 @@ def measure(
     )
     results: dict[str, Any] = {}
     stopped = False
-    with progress("measuring", 0, "evaluations") as bar:
+    with _kept_choices(given.name == "auto"), progress("measuring", 0, "evaluations") as bar:
         try:
             for name, record in measure_each(opened.module, opened.data, options, setting, bar):
                 results[name] = record | {"weights": weights}
@@ -77,6 +87,8 @@ def measure(
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             stopped = True
+    if verbose:
+        _tell_engines(results, given.name == "auto")
     if json:
         print(to_json(results))
     elif results:
@@ -106,6 +118,44 @@ def _row(name: str, record: dict[str, Any], number: Any) -> tuple[str, ...]:
         name, number(record["value"], 5), number(record["half_width"], 2), number(record["error"], 2),
         number(record["stderr_data"], 2), number(record["upper"], 5), f"{record['seconds']:.1f}", ", ".join(notes),
     )
+
+
+@contextmanager
+def _kept_choices(chosen: bool) -> Iterator[None]:
+    """Engines chosen before on this machine are taken again, and new choices kept for the next time."""
+    if not chosen:
+        yield
+        return
+    import warnings
+
+    from bnsharp import choosing
+    from bnsharp.errors import Notice
+
+    path = choosing.kept()
+    choosing.load(path)
+    yield
+    try:
+        choosing.save(path)
+    except OSError as error:
+        warnings.warn(Notice(
+            f"{path} cannot be written ({error.strerror or error}): the next run may choose another engine, with other "
+            "last bits; set XDG_CACHE_HOME to a folder, or pass the engine"
+        ), stacklevel=2)
+
+
+def _tell_engines(results: dict[str, Any], chosen: bool) -> None:
+    """Engines by measure, and of the calls that were timed the times per point."""
+    for name, record in results.items():
+        typer.echo(f"{name}: {record['engine']}", err=True)
+    if not chosen:
+        return
+    from bnsharp import choosing
+
+    for choice in choosing.choices(taken=True):
+        times = [f"{name} {1e3 * s:.3g} ms" for name, s in choice.seconds.items()]
+        others = [f"{name}: {why}" for name, why in choice.left_out.items()]
+        typer.echo(f"{choice.call}: {choice.engine} of {', '.join(times)} per point"
+                   + (f" ({'; '.join(others)})" if others else ""), err=True)
 
 
 def _title(source: str, results: dict[str, Any]) -> str:
