@@ -3,6 +3,9 @@
 Network i sees examples ``i·B … (i+1)·B − 1`` of a batch of ``n·B``. Layers without parameters or buffers treat examples
 one by one and stay as they are; each layer that has some is replaced by one that knows whose examples are whose: products
 of matrices become batched ones, normalizers take the statistics of each network's own examples.
+
+Dense layers that follow each other in a ``Sequential`` hand on *columns* ``[n, C, B]``, an example's features across: that
+is what a batched product of weights and examples gives, and what batch normalization reads without a copy.
 """
 
 from __future__ import annotations
@@ -73,6 +76,12 @@ class StackedLinear(StackedLayer):
             out = torch.baddbmm(self.bias.unsqueeze(1), rows, transposed)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
+    def columns(self, h: Tensor) -> Tensor:
+        """``W_i h_i + b_i``, columns ``[n, in, B]`` to ``[n, out, B]``."""
+        if self.bias is None:
+            return torch.bmm(self.weight, h)
+        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, h)
+
 
 class StackedConv2d(StackedLayer):
     """A convolution with n times as many groups."""
@@ -100,15 +109,23 @@ class StackedBatchNorm(StackedLayer):
         self.eps, self.momentum = layer.eps, layer.momentum
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._examples(self._normalized(self._channels(x)))
+
+    def columns(self, h: Tensor) -> Tensor:
+        """On columns ``[n, C, B]``."""
+        return self._normalized(h.reshape(1, -1, h.shape[-1])).view(h.shape)
+
+    def _normalized(self, h: Tensor) -> Tensor:
+        """On channels ``n·C`` along dimension 1."""
         of_batch = self.training or self.running_mean is None
         moving = of_batch and self.layout.updating and self.running_mean is not None
         mean, var, factor = self._statistics(moving) if moving or not of_batch else (None, None, 0.0)
         weight, bias = (None if p is None else p.reshape(-1) for p in (self.weight, self.bias))
-        out = F.batch_norm(self._channels(x), mean, var, weight, bias, of_batch, factor, self.eps)
+        out = F.batch_norm(h, mean, var, weight, bias, of_batch, factor, self.eps)
         if moving and self.layout.rows is not None:
             self.running_mean[self.layout.rows] = mean.view(self.layout.count, -1)  # type: ignore[union-attr]
             self.running_var[self.layout.rows] = var.view(self.layout.count, -1)  # type: ignore[union-attr]
-        return self._examples(out)
+        return out
 
     def _statistics(self, moving: bool) -> tuple[Tensor, Tensor, float]:
         """Running mean and variance ``[n·C]``, and how far they move."""
@@ -148,6 +165,37 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Mapping[str, Tensor], Layout], Stac
     nn.LayerNorm: StackedLayerNorm,
 }
 """Layers with parameters or buffers that can be stacked."""
+
+ELEMENTWISE: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.Tanh, nn.Softplus, nn.GELU, nn.SiLU, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.Identity,
+)
+"""Layers that treat every number alone, so that columns pass through them as they are."""
+
+
+class StackedSequential(nn.Sequential):
+    """Layers one after the other; dense ones with what lies between them on columns."""
+
+    layout: Layout
+
+    def forward(self, x: Any) -> Any:
+        columns = False
+        for layer in self:
+            if type(layer) in (StackedLinear, StackedBatchNorm) and (columns or self._enters(layer, x)):
+                x = layer.columns(x if columns else x.reshape(self.layout.count, -1, x.shape[1]).transpose(1, 2))
+                columns = True
+            else:
+                if columns and type(layer) not in ELEMENTWISE:
+                    x, columns = self._rows(x), False
+                x = layer(x)
+        return self._rows(x) if columns else x
+
+    def _enters(self, layer: nn.Module, x: Any) -> bool:
+        return type(layer) is StackedLinear and isinstance(x, Tensor) and x.ndim == 2
+
+    def _rows(self, h: Tensor) -> Tensor:
+        """Columns ``[n, C, B]`` as ``[n·B, C]``."""
+        return h.transpose(1, 2).reshape(-1, h.shape[1])
+
 
 DENSE: tuple[type[nn.Module], ...] = (nn.Linear, nn.BatchNorm1d, nn.LayerNorm)
 """Those that are faster stacked on a CPU: grouped convolutions are not."""
@@ -225,6 +273,10 @@ class Stack:
                 return layer
             parent, _, key = name.rpartition(".")
             network.get_submodule(parent)._modules[key] = layer
+        for module in network.modules():
+            if type(module) is nn.Sequential:
+                module.__class__ = StackedSequential
+                module.layout = self.layout
         return network
 
     def _share(self) -> None:

@@ -8,6 +8,7 @@ their own too, and the numbers are those of single runs up to rounding.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -40,6 +42,9 @@ ELEMENTWISE = (
     "SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop",
 )
 """Optimizers of ``torch.optim`` that treat every coordinate alone: on stacked parameters they do what n of them do."""
+
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""Those whose step PyTorch has in one pass over memory also on a CPU, where n networks no longer fit its cache."""
 
 Outcome = Result | DivergedError
 
@@ -111,7 +116,7 @@ class Passes:
             with torch.set_grad_enabled(requests[0].differentiate):
                 output = self.stack.network(*positional, **named)
                 outputs = output.reshape(len(places), -1, *output.shape[1:])
-                losses = torch.func.vmap(self.criterion)(outputs, y)
+                losses = self._losses(outputs, y)
             gradients: dict[str, Tensor] = {}
             if requests[0].differentiate:
                 found = torch.autograd.grad(
@@ -125,6 +130,16 @@ class Passes:
         if everyone and gradients:
             self.gradient, self.answered = gradients, answers
         return answers
+
+    def _losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Each run's mean loss ``[m]``."""
+        inner, options = self.criterion, {}
+        if isinstance(inner, functools.partial) and not inner.args:
+            inner, options = inner.func, inner.keywords
+        if inner is F.cross_entropy and options.keys() <= {"label_smoothing"} and y.ndim == 2 and not bool((y < 0).any()):
+            each = F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="none", **options)
+            return each.view(y.shape).mean(1)
+        return torch.func.vmap(self.criterion)(outputs, y)
 
     def _points(self, places: list[int], requests: list[Request]) -> dict[str, Tensor]:
         """The points as leaves ``[m, …]``."""
@@ -445,14 +460,20 @@ class Together:
                 if parts[0]:
                     state[stacked] = {k: _stacked([part[k] for part in parts], row[0]) for k in parts[0]}
         lead.state = defaultdict(dict, state)
+        self._fused = [group.get("fused") for group in lead.param_groups]
+        for group in lead.param_groups:
+            if type(lead) in FUSED and group["fused"] is None and not group["foreach"]:
+                group["fused"] = True
 
     def _scatter_optimizers(self) -> None:
         """Every run's optimizer and schedule hold its own part again."""
         trainers = [run.trainer for run in self._runs]
         lead, schedule = trainers[0].optimizer, trainers[0].scheduler.state_dict()
         stacked, state = [group["params"] for group in lead.param_groups], lead.state
-        for group, own in zip(lead.param_groups, self._groups, strict=True):
+        for group, own, fused in zip(lead.param_groups, self._groups, self._fused, strict=True):
             group["params"] = own
+            if "fused" in group:
+                group["fused"] = fused
         settings = [{k: v for k, v in group.items() if k != "params"} for group in lead.param_groups]
         for i, trainer in enumerate(trainers):
             own_state: dict[Tensor, dict[str, Any]] = {}
@@ -575,7 +596,7 @@ class Together:
             "loss": torch.stack([step.loss for step in steps]), "norm": norms,
             "penalty": torch.stack([step.penalty for step in steps]),
             "ratio": torch.stack([step.ratio for step in steps]),
-            "accuracy": torch.func.vmap(accuracy)(torch.stack(outputs), torch.stack(targets)),
+            "accuracy": _accuracies(torch.stack(outputs), torch.stack(targets)),
         }
         rows = torch.stack([column.double() for column in columns.values()], 1).tolist()
         return [dict(zip(columns, row, strict=True)) for row in rows]
@@ -683,6 +704,13 @@ def _diverged(values: Mapping[str, float], run: Run) -> DivergedError | None:
     except DivergedError as error:
         return error
     return None
+
+
+def _accuracies(outputs: Tensor, y: Tensor) -> Tensor:
+    """:func:`bnsharp.observing.accuracy` of every run ``[n]``."""
+    if outputs.ndim == 3 and y.ndim == 2:
+        return (outputs.argmax(2) == y).double().mean(1)
+    return torch.stack([accuracy(*each) for each in zip(outputs, y, strict=True)])
 
 
 def _norms(gradient: Mapping[str, Tensor]) -> Tensor:
