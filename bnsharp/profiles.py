@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from bnsharp import params as P
 from bnsharp.checks import at_least
+from bnsharp.convolutions import frugal
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is_transformed
 from bnsharp.forms import (
@@ -173,7 +174,7 @@ class Sampled(Profile):
 
     def evaluate(self, anchor: Anchor, v: Source) -> Evaluated:
         n, t, points = self._grid(anchor.params, v)
-        with torch.no_grad():
+        with torch.no_grad(), frugal(P.first(anchor.params).dtype):
             base = anchor.by_batch  # [B]
             weights, losses = anchor.objective.many_by_batch(points)
             both = torch.cat([base[:, None], losses], 1)  # [B, 1 + nK]
@@ -188,7 +189,7 @@ class Sampled(Profile):
         self, anchor: Anchor, v: Source, theta: bool = False
     ) -> tuple[Tensor, Tensor, Params, Params | None]:
         n, t, points = self._grid(anchor.params, v)
-        with torch.no_grad():
+        with torch.no_grad(), frugal(P.first(anchor.params).dtype):
             losses = anchor.objective.many(points).reshape(n, len(t))
 
         def total(losses: Tensor, base: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

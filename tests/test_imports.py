@@ -24,7 +24,8 @@ FOLDERS = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
-    ("checks", "files", "randomness", "stopping", "exchange"),  # of arguments; files, random states, signals, ranks
+    # of arguments; files, random states, signals, ranks; kernels
+    ("checks", "files", "randomness", "stopping", "exchange", "convolutions"),
     ("params", "checkpoint", "schedules", "quadrature", "divergence", "engines"),  # engines: one point or several
     ("structure", "grids", "choosing"),  # one walk over a module; points on lines; the fastest engine
     ("partition", "modes", "lanczos", "composed", "loopstate", "distributed"),  # groups; modes; where a run is
