@@ -16,7 +16,7 @@ from torch import Tensor
 from bnsharp import params as P
 from bnsharp.balls import JointBall
 from bnsharp.bounds import upper_bound
-from bnsharp.checks import positive, whole
+from bnsharp.checks import one_of, positive, whole
 from bnsharp.directions import Directions
 from bnsharp.errors import InputError, NotDifferentiableError, NotFiniteError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
@@ -44,20 +44,31 @@ CHECKED = 3
 class Sampling:
     """How long to sample, and in what precision.
 
+    Raises:
+        InputError: a target that is no positive number; an unknown ``rounding``, or a modelled one with ``promote``.
+
     Attributes:
         target: sample on until the interval's half width is at most this fraction of the value; None takes the
             measure's own number of draws. Never fewer than those, and at most ``LONGEST`` times as many.
         promote: whether a value whose rounding error is too large is taken again in float64.
+        rounding: ``"measured"``: the rounding error of a value in low precision is its difference to float64 at a few
+            directions, which cost more than the value itself where there are few. ``"modelled"``: a bound for losses
+            that are rounded once, ``4ε(1 + |L|)`` each; rounding inside a network can exceed it.
         on_estimate: called with every estimate so far, about every ``ROUND`` draws.
     """
 
     target: float | None = None
     promote: bool = True
     on_estimate: Callable[[Estimate], None] | None = None
+    rounding: str = "measured"
 
     def __post_init__(self) -> None:
         if self.target is not None:
             positive("target", self.target)
+        one_of("rounding", self.rounding, ("measured", "modelled"))
+        if self.promote and self.rounding == "modelled":
+            raise InputError("promote=True with rounding='modelled'; expected a rounding error that is measured: pass "
+                             "promote=False to keep the precision")
 
 
 ONCE = Sampling()
@@ -122,7 +133,8 @@ class Measure:
         before, state = objective.evaluations.copy(), generator.get_state()
         run = _Run(self, objective, params, generator)
         estimate = run.finish(sampling)
-        if torch.finfo(P.first(params).dtype).eps > torch.finfo(torch.float64).eps:
+        low = torch.finfo(P.first(params).dtype).eps > torch.finfo(torch.float64).eps
+        if low and sampling.rounding == "measured":
             rounding = run.rounding()
             if rounding is None:  # no float64 here: the modelled error stands
                 pass

@@ -66,6 +66,8 @@ class Anchor:
     def by_batch(self) -> Tensor:
         """``L_b(θ) [B]``."""
         if self._by_batch is None:
+        if self._by_batch is None and self._loss is not None and self.objective.batches_seen == 1:
+            self._by_batch = self._loss.detach().reshape(1)
             with torch.no_grad():
                 weights, losses = self.objective.many_by_batch([self.params])
             self._by_batch = losses[:, 0]
