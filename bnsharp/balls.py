@@ -136,11 +136,13 @@ class GroupBall(PartitionBall):
     _cache: dict[tuple[object, ...], Partition] = field(default_factory=dict, compare=False, repr=False)
 
     def partition(self, like: Params) -> Partition:
-        key = tuple((k, v.shape[len(like.batch_size) :]) for k, v in like.items())
-        if key not in self._cache:
+        lead = len(like.batch_size)
+        key = (*like.keys(), *(v.shape[lead:] if lead else v.shape for v in like.values()))
+        known = self._cache.get(key)
+        if known is None:
             one = P.pick(like, 0) if like.batch_size else like
-            self._cache[key] = self.groups.partition_with(one, self.rest)
-        return self._cache[key]
+            known = self._cache[key] = self.groups.partition_with(one, self.rest)
+        return known
 
     def invariant(self, like: Params) -> Partition:
         names = {name for group in self.groups.partition.groups for name in group.members}

@@ -22,7 +22,7 @@ from bnsharp.errors import InputError
 from bnsharp.geometry import Frame, Geometry
 from bnsharp.lanczos import top_eigenpair
 from bnsharp.laws import Law, Sphere
-from bnsharp.types import Found, Params, Scored
+from bnsharp.types import Evaluated, Found, Params, Scored
 
 
 class SearchScore(Protocol):
@@ -207,21 +207,20 @@ class Ascend(Fixed):
         starts, screened = self.restarts + 1, min(self.steps, self.screen)
         return starts * (screened + 1) + min(starts, self.keep) * (self.steps - screened + self.polish)
 
-    def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Params:
-        """The steepest start and the random ones: a batch ``[1 + restarts]``."""
+    def starts(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> list[Params]:
+        """The steepest start and the random ones."""
 
         def sphere() -> Params:
             return Sphere()(frame.ball, frame.like, generator)
 
         first = frame.steepest(score.slope(), sphere) if self.begin is None else self.begin
-        if not self.restarts:
-            return P.batch(first)
-        return P.stack([first, *(frame.ball.power(s, s) for s in (sphere() for _ in range(self.restarts)))])
+        return [first, *(frame.ball.power(s, s) for s in (sphere() for _ in range(self.restarts)))]
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
-        u = self.starts(score, frame, generator)
+        starts = self.starts(score, frame, generator)
         if not self.steps and not self.restarts:
-            return Found(u)
+            return Found(starts)
+        u = P.stack(starts)
         scored = score(u, last=self.steps == 0)
         n = len(scored.value)
         climb = Climb(u, scored, u, scored, scored.value.new_full((n,), self.rate),
@@ -318,6 +317,9 @@ class Lanczos(Fixed):
 
     ``error`` of what it finds is the residual ``‖M u − λ u‖``: an eigenvalue lies within it. It stops when the residual
     is below ``tolerance·|λ|`` or after ``iterations`` products, all basis vectors being kept.
+
+    It starts at the gradient, which lies mostly in the span of the sharpest directions (Gur-Ari et al. 2018), plus
+    as much of a random direction, so that no eigenvector is out of reach.
     """
 
     iterations: int = 60
@@ -335,6 +337,9 @@ class Lanczos(Fixed):
         def apply(q: Params) -> Params:
             return P.scaled(P.pick(score(P.batch(q)).gradient, 0), 0.5)
 
-        start = Sphere()(frame.ball, frame.like, generator)
+        start, slope = Sphere()(frame.ball, frame.like, generator), score.slope()
+        start = P.combine(1.0, start, P.safe_reciprocal(P.norm(slope)), slope)
         top = top_eigenpair(apply, start, self.iterations, self.tolerance)
-        return Found(P.batch(top.vector), error=top.residual)
+        value = P.norm(start).new_tensor([top.value])
+        rounding = 8 * torch.finfo(value.dtype).eps * math.hypot(top.value, top.residual)
+        return Found(P.batch(top.vector), error=top.residual, known=Evaluated(value, value.new_tensor([rounding])))

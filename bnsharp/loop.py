@@ -46,6 +46,7 @@ def backward(
     ranks: Ranks | None = None,
     directions: str = "synchronised",
     share_gradient: bool = False,
+    structure: Structure | None = None,
 ) -> Step:
     """What ``loss.backward()`` does, for a regularised loss: add ``scale·gradient`` to every ``.grad``.
 
@@ -74,8 +75,9 @@ def backward(
             one alone. ``.grad`` is the same on all of them.
         directions: ``"synchronised"``: the step of the whole batch, with its batch statistics, as one process would
             take; ``"local"``: each rank a step on its part, averaged (m-SAM).
-        share_gradient: where ``.grad`` is None and ``scale`` 1, it becomes the very tensor in the step returned, so that
-            no copy is made; what then changes ``.grad`` in place (clipping) changes the step's gradient.
+        share_gradient: where ``.grad`` is None and ``scale`` 1, it becomes the very tensor in the step returned: no copy
+            is made, and what then changes ``.grad`` in place (clipping) changes the step's gradient.
+        structure: ``Structure(module)``, made once by a loop that neither adds nor replaces submodules or parameters.
 
     Returns:
         The step: loss, penalty, gradient, gradients evaluated, state, the module's output (of this rank's part).
@@ -87,7 +89,7 @@ def backward(
     positive("scale", scale)
     one_of("precision", precision, PRECISIONS)
     one_of("directions", directions, DIRECTIONS)
-    structure = Structure(module)
+    structure = Structure(module) if structure is None else structure
     owned = structure.trained or P.trainable(module)
     ambient = _Ambient.now(module, owned, scaler)
     ranks = _ranks_of(module) if ranks is None else ranks

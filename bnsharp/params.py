@@ -181,7 +181,18 @@ def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Param
     """``a x + b y``."""
     if isinstance(a, float) and a == 1.0:
         return shift(x, y, b)
+    if isinstance(a, float) and isinstance(b, float) and x.batch_size == y.batch_size:
+        xs, ys = list(x.values()), [y[k] for k in x.keys()]
+        if is_plain([*xs, *ys]):
+            scaled_xs = torch._foreach_mul(xs, a)
+            torch._foreach_add_(scaled_xs, ys, alpha=b)
+            return make(dict(zip(x.keys(), scaled_xs, strict=True)), x.batch_size)
     return pmap(lambda p, q: a * p + b * q, x, y)
+
+
+def times_difference(c: Tensor, x: Params, y: Params) -> Params:
+    """``c (x − y)`` for a scalar c."""
+    return pmap(lambda p, q: c * (p - q), x, y)
 
 
 def pullback(fn: Callable[[Params], Params], params: Params, covector: Params) -> Params:

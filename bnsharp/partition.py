@@ -131,12 +131,15 @@ class Partition:
         lead, own = tuple(values.shape[:-1]), len(like.batch_size)
         shapes = {name: v.shape[own:] for name, v in like.items()}
         out: dict[str, Tensor] = dict.fromkeys(shapes)  # type: ignore[arg-type]
-        for group, value in zip(self.groups, values.split(self._sizes, -1) if self.groups else (), strict=True):
+        parts = values.split_with_sizes(self._sizes, -1) if self.groups else ()
+        for group, value in zip(self.groups, parts, strict=True):
             for name in group.members:
-                shape = shapes[name]
-                rows, each = shape[0] if shape else 1, value
-                if 1 < group.blocks < rows:
-                    each = value.repeat_interleave(rows // group.blocks, dim=-1)
+                shape, each = shapes[name], value
+                if len(shape) == 1 and group.blocks in (1, shape[0]):
+                    out[name] = each
+                    continue
+                if shape and 1 < group.blocks < shape[0]:
+                    each = value.repeat_interleave(shape[0] // group.blocks, dim=-1)
                 out[name] = each.reshape((*lead, *(each.shape[-1:] if shape else ()), *[1] * (len(shape) - 1)))
         for name, v in out.items():
             if v is None:

@@ -18,7 +18,7 @@ from bnsharp.directions import Directions
 from bnsharp.geometry import Frame
 from bnsharp.measures import Measure
 from bnsharp.profiles import Anchor
-from bnsharp.reduce import Reduce
+from bnsharp.reduce import derivative
 from bnsharp.scores import ExactScore, SecantScore
 from bnsharp.types import Found, Params, Scored
 
@@ -46,29 +46,41 @@ class Search:
         """The measure's geometry at θ."""
         return self.measure.geometry.at(self.anchor.params)
 
+    def directed(self, score: SecantScore | ExactScore) -> Found:
+        """Directions, scored where they were searched."""
+        return (self.directions or self.measure.directions)(score, self.frame, self.generator)
+
+    def scored(self, score: SecantScore | ExactScore, found: Found) -> Scored:
+        """The scores of all directions found."""
+        return found.scored if found.scored is not None else _score_all(score, found.u)
+
     def find(self, score: SecantScore | ExactScore) -> tuple[Found, Scored]:
         """Directions, all of them scored."""
-        found = (self.directions or self.measure.directions)(score, self.frame, self.generator)
-        return found, found.scored if found.scored is not None else _score_all(score, found.u)
+        found = self.directed(score)
+        return found, self.scored(score, found)
 
 
 @dataclass(frozen=True)
 class Slope:
-    """``S`` and ``∇S``; ``u`` is the sharpest direction, None where directions are drawn on demand."""
+    """``S`` and ``∇S``, with the directions they were taken from and their scores (None for a single one)."""
 
     value: Tensor
     gradient: Params
-    u: Params | None
+    directions: Any
+    scored: Scored | None
 
-
-def _sharpest(u: Any, scored: Scored) -> Params | None:
-    return None if isinstance(u, P.Lazy) else P.pick(u, int(scored.value.argmax()))
+    @property
+    def u(self) -> Params | None:
+        """The sharpest direction, None where directions are drawn on demand."""
+        if isinstance(self.directions, P.Lazy):
+            return None
+        return P.pick(self.directions, 0 if self.scored is None else int(self.scored.value.argmax()))
 
 
 def _score_all(score: SecantScore | ExactScore, u: Any) -> Scored:
     """Scores of every direction: a batch at once, a sequence made on demand one by one."""
     if not isinstance(u, P.Lazy):
-        return score(u, last=True)
+        return score(P.stack(u) if isinstance(u, list) else u, last=True)
     parts = [score(P.batch(u[i]), last=True) for i in range(len(u))]
 
     def join(items: list[Any]) -> Any:
@@ -79,14 +91,6 @@ def _score_all(score: SecantScore | ExactScore, u: Any) -> Scored:
         return P.make({k: join([x[k] for x in items]) for k in items[0].keys()}, (len(u),))
 
     return Scored(*(join([getattr(p, name) for p in parts]) for name in ("value", "gradient", "extra")))
-
-
-def reduced(reduce: Reduce, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The reduced value and its derivative ``w [n]`` with respect to each value."""
-    leaf = values.detach().requires_grad_()
-    with torch.enable_grad():
-        value = reduce(leaf)[0]
-    return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
 def weighted(weights: Tensor, x: Params) -> Params:
@@ -103,22 +107,29 @@ def _secant(search: Search) -> tuple[SecantScore, Found, Scored]:
 
 def _two_point(search: Search) -> Slope:
     """``κ·sign(f(δ))·(∇L(θ+δv) − ∇L(θ))``: the gradient of ``κ|f(δ)|`` with v constant."""
-    score, found, scored = _secant(search)
-    value, w = reduced(search.measure.reduce, scored.value)
+    score = SecantScore(search.measure.profile, search.frame, search.anchor, search.slope)
+    found = search.directed(score)
+    if found.scored is None and isinstance(found.u, list) and len(found.u) == 1:
+        f, sign, gradient = score.at(found.u[0])
+        value, w = derivative(search.measure.reduce, (score.kappa * sign * f).unsqueeze(0))
+        r = P.times_difference(w[0] * score.kappa * sign, gradient, search.anchor.gradient)
+        return Slope(value, r, found.u, None)
+    scored = search.scored(score, found)
+    value, w = derivative(search.measure.reduce, scored.value)
     c = w * score.kappa * scored.extra["sign"]
     r = P.combine(1.0, weighted(c, scored.extra["gradient"]), -c.sum(), search.anchor.gradient)
-    return Slope(value, r, _sharpest(found.u, scored))
+    return Slope(value, r, found.u, scored)
 
 
 def _central(search: Search) -> Slope:
     """``κ·sign(f(δ) − f(−δ))·(∇L(θ+δv) − ∇L(θ−δv))/2``; one gradient more per direction."""
     score, found, scored = _secant(search)
     other = _score_all(score, P.Lazy(P.count(found.u), lambda i: P.scaled(P.pick(found.u, i), -1.0)))
-    value, w = reduced(search.measure.reduce, scored.value)
+    value, w = derivative(search.measure.reduce, scored.value)
     odd = scored.extra["rise"] - other.extra["rise"]
     sign = torch.where(odd < 0, -1.0, 1.0).to(odd.dtype) if score.profile.absolute else torch.ones_like(odd)
     half = P.combine(0.5, scored.extra["gradient"], -0.5, other.extra["gradient"])
-    return Slope(value, weighted(w * score.kappa * sign, half), _sharpest(found.u, scored))
+    return Slope(value, weighted(w * score.kappa * sign, half), found.u, scored)
 
 
 def _tangent(search: Search) -> Slope:
@@ -132,7 +143,7 @@ def _exact(search: Search) -> Slope:
     measure, anchor = search.measure, search.anchor
     score = ExactScore(measure.profile, search.frame, anchor, keep_gradient=True, slope=search.slope)
     found, scored = search.find(score)
-    value, w = reduced(measure.reduce, scored.value)
+    value, w = derivative(measure.reduce, scored.value)
     r = weighted(w, scored.extra["d_theta"])
     for i, wi in enumerate(w):
         if bool(wi != 0):
@@ -142,7 +153,7 @@ def _exact(search: Search) -> Slope:
                 anchor.params, P.pick(scored.extra["d_v"], i),
             )
             r = P.combine(1.0, r, wi, moved)
-    return Slope(value, r, _sharpest(found.u, scored))
+    return Slope(value, r, found.u, scored)
 
 
 GRADIENTS: dict[str, Callable[[Search], Slope]] = {

@@ -18,6 +18,20 @@ class Reduce(Protocol):
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+def derivative(reduce: Reduce, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The reduced value and its derivative ``w [n]`` with respect to each value."""
+    if isinstance(reduce, _Linear) and len(values) == 1:
+        return values[0], torch.ones_like(values)
+    leaf = values.detach().requires_grad_()
+    with torch.enable_grad():
+        value = reduce(leaf)[0]
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+class _Linear:
+    """Of a single value it is that value."""
+
+
 def _mean_stderr(values: Tensor) -> Tensor:
     """Standard error of the mean; infinite from a single draw."""
     n = len(values)
@@ -27,7 +41,7 @@ def _mean_stderr(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(_Linear):
     """``E f``."""
 
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +49,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Maximum:
+class Maximum(_Linear):
     """``max f``: nothing is sampled, so the standard error is 0."""
 
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +79,7 @@ class PowerMean:
 
 
 @dataclass(frozen=True)
-class FreeEnergy:
+class FreeEnergy(_Linear):
     """``−(1/β) log E exp(−β f)``; effective sample size ``(Σ w)² / Σ w²``, ``w = exp(−β f)``."""
 
     beta: float = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bnsharp import params as P
 from bnsharp.geometry import Frame
@@ -49,11 +50,20 @@ class SecantScore:
     def slope(self) -> Params:
         return self.frame.pull(self.anchor.gradient) if self._slope is None else self._slope
 
+    def at(self, u: Params) -> tuple[Tensor, Tensor, Params]:
+        """``f(δ)``, its sign as used, and ``∇L(θ+δv)``, for one direction."""
+        loss, gradient = self.anchor.objective.value_and_grad(self.frame.points(u, self.delta))
+        f = loss - self.anchor.loss
+        return f, self._sign(f), gradient
+
+    def _sign(self, f: Tensor) -> Tensor:
+        return torch.where(f < 0, -1.0, 1.0).to(f.dtype) if self.profile.absolute else torch.ones_like(f)
+
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``."""
         losses, grads = self.anchor.objective.many_value_and_grad(self.frame.points(u, self.delta))
         f = losses - self.anchor.loss
-        sign = torch.where(f < 0, -1.0, 1.0).to(f.dtype) if self.profile.absolute else torch.ones_like(f)
+        sign = self._sign(f)
         slope = self.kappa * sign
         d_u = None if last else P.times(self.delta * slope, self.frame.pull(grads))
         return Scored(slope * f, d_u, P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),)))

@@ -16,7 +16,8 @@ from bnsharp.evaluation import AbstractObjective
 from bnsharp.laws import Gaussian
 from bnsharp.measures import Measure
 from bnsharp.penalties import unknown_value
-from bnsharp.penalty_gradients import reduced, weighted
+from bnsharp.penalty_gradients import weighted
+from bnsharp.reduce import derivative
 from bnsharp.profiles import Anchor, Rise
 from bnsharp.reduce import Reduce
 from bnsharp.scores import SecantScore
@@ -90,7 +91,7 @@ class Smoothing:
             losses, grads = objective.many_value_and_grad(points)
         else:
             losses, grads = anchor.loss + found.scored.extra["rise"], found.scored.extra["gradient"]
-        value, w = reduced(measure.reduce, losses)
+        value, w = derivative(measure.reduce, losses)
         gradient = weighted(w, grads)
         for i in range(n if self.moving else 0):
             u = P.pick(found.u, i)

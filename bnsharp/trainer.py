@@ -30,6 +30,7 @@ from bnsharp.observing import Criterion, Evaluation, accuracy, evaluate, evaluat
 from bnsharp.regularizers import Plain, Regularizer, check_weight
 from bnsharp.schedules import Schedule, constant
 from bnsharp.stopping import StopRequest, lost_worker, release
+from bnsharp.structure import Structure
 from bnsharp.types import Average, Step, Tracker, TrackingContext
 
 __all__ = ["Batch", "Criterion", "Epoch", "Evaluation", "Result", "Trainer", "accuracy", "evaluate"]
@@ -203,6 +204,7 @@ class Trainer:
 
     def _steps(self, regularizer: Regularizer, weight: float, started: float) -> None:
         run = self._run
+        structure = Structure(self.module)
         batches, others = drawn(run, self.epoch, self.other_batches, self.optimizer.param_groups[0]["lr"])
         for batch in batches:
             self.optimizer.zero_grad(set_to_none=True)
@@ -213,6 +215,7 @@ class Trainer:
                     other_batches=[self.ranks.share(next(others)) for _ in range(self.other_batches)],
                     generator=run.generators["directions"], state=run.regularizer, engine=self.engine,
                     ranks=self.ranks, directions=self.directions, share_gradient=True,
+                    structure=structure,
                 )
             correct = self.ranks.mean(accuracy(step.output, part[1]), float(batch_size(part[0])))
             values = numbers(step, self._clip(), correct)
