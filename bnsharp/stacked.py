@@ -1,11 +1,11 @@
 """Several networks of one architecture as one network: weights stacked ``[n, …]``, their batches one after the other.
 
-Network i sees examples ``i·B … (i+1)·B − 1`` of a batch of ``n·B``. Layers without parameters or buffers treat examples
-one by one and stay as they are; each layer that has some is replaced by one that knows whose examples are whose: products
-of matrices become batched ones, normalizers take the statistics of each network's own examples.
+Network i sees examples ``i·B … (i+1)·B − 1`` of a batch of ``n·B``. Layers without parameters or buffers treat
+examples one by one and stay as they are; each layer that has some is replaced by one that knows whose examples are
+whose: products of matrices become batched ones, normalizers take the statistics of each network's own examples.
 
-Dense layers that follow each other in a ``Sequential`` hand on *columns* ``[n, C, B]``, an example's features across: that
-is what a batched product of weights and examples gives, and what batch normalization reads without a copy.
+Dense layers that follow each other in a ``Sequential`` hand on *columns* ``[n, C, B]``, an example's features across:
+that is what a batched product of weights and examples gives, and what batch normalization reads without a copy.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Layout:
 
 class StackedLayer(nn.Module):
     """A layer of n networks: parameters and buffers ``[n, …]`` by the same names (abstract)."""
+
+    weight: Any
+    bias: Any
 
     def __init__(self, layer: nn.Module, tensors: Mapping[str, Tensor], layout: Layout):
         super().__init__()
@@ -90,7 +93,8 @@ class StackedConv2d(StackedLayer):
         super().__init__(layer, tensors, layout)
         if layer.padding_mode != "zeros":
             raise InputError(f"padding_mode={layer.padding_mode!r} of a convolution; expected 'zeros'")
-        self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.groups = layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.reshape(-1)
@@ -102,6 +106,10 @@ class StackedConv2d(StackedLayer):
 
 class StackedBatchNorm(StackedLayer):
     """Batch normalization with the statistics of each network's own examples, which move once where they are to."""
+
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
 
     def __init__(self, layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, tensors: Mapping[str, Tensor],
                  layout: Layout):
@@ -119,12 +127,14 @@ class StackedBatchNorm(StackedLayer):
         """On channels ``n·C`` along dimension 1."""
         of_batch = self.training or self.running_mean is None
         moving = of_batch and self.layout.updating and self.running_mean is not None
+        mean: Any
+        var: Any
         mean, var, factor = self._statistics(moving) if moving or not of_batch else (None, None, 0.0)
         weight, bias = (None if p is None else p.reshape(-1) for p in (self.weight, self.bias))
         out = F.batch_norm(h, mean, var, weight, bias, of_batch, factor, self.eps)
         if moving and self.layout.rows is not None:
-            self.running_mean[self.layout.rows] = mean.view(self.layout.count, -1)  # type: ignore[union-attr]
-            self.running_var[self.layout.rows] = var.view(self.layout.count, -1)  # type: ignore[union-attr]
+            self.running_mean[self.layout.rows] = mean.view(self.layout.count, -1)
+            self.running_var[self.layout.rows] = var.view(self.layout.count, -1)
         return out
 
     def _statistics(self, moving: bool) -> tuple[Tensor, Tensor, float]:
@@ -180,7 +190,7 @@ class StackedSequential(nn.Sequential):
     def forward(self, x: Any) -> Any:
         columns = False
         for layer in self:
-            if type(layer) in (StackedLinear, StackedBatchNorm) and (columns or self._enters(layer, x)):
+            if isinstance(layer, StackedLinear | StackedBatchNorm) and (columns or self._enters(layer, x)):
                 x = layer.columns(x if columns else x.reshape(self.layout.count, -1, x.shape[1]).transpose(1, 2))
                 columns = True
             else:
@@ -267,7 +277,10 @@ class Stack:
         layers = [owning(m) for m in self.modules]
         for name, own in owning(network).items():
             rows = [dict([*m[name]._parameters.items(), *m[name]._buffers.items()]) for m in layers]
-            tensors = {k: torch.stack([r[k].detach() for r in rows]) for k, t in rows[0].items() if t is not None}
+            tensors = {
+                k: torch.stack([r[k].detach() for r in rows])  # type: ignore[union-attr]
+                for k, t in rows[0].items() if t is not None
+            }
             layer = LAYERS[type(own)](own, tensors, self.layout)
             if not name:
                 return layer
@@ -276,7 +289,7 @@ class Stack:
         for module in network.modules():
             if type(module) is nn.Sequential:
                 module.__class__ = StackedSequential
-                module.layout = self.layout
+                module.layout = self.layout  # type: ignore[assignment]
         return network
 
     def _share(self) -> None:

@@ -19,6 +19,9 @@ def compare(
     label_noise: Annotated[float, typer.Option(help="fraction of training labels replaced at random")] = 0.0,
     seeds: Annotated[int, typer.Option(min=2, help="seeds per row")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="epochs per run")] = 100,
+    together: Annotated[
+        int | None, typer.Option(min=1, help="seeds of a row trained at once (default: all, where that is faster)")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of every run: lr=0.1, …")
     ] = None,
@@ -32,18 +35,28 @@ def compare(
     takes 20 batches.
     """
     from bnsharp.cli.display import console, fitted, progress
+    from bnsharp.errors import InputError
     from bnsharp.experiments import comparison
     from bnsharp.experiments.config import make_config
     from bnsharp.experiments.run import load_data
     from bnsharp.experiments.study import run_study, units
+    from bnsharp.experiments.together import obstacle
 
     chosen = comparison.rows_of(rows, algorithm or [])
     comparison.check_settings(set_ or [], label_noise)
     settings = [*(set_ or []), *([f"label_noise={label_noise}"] if label_noise else [])]
     where = out or Path("runs") / f"compare-{rows}-{Path(data).name}-{model.replace(':', '-')}-{label_noise:g}"
     loaded = load_data(make_config({"data": data, "model": model}, settings))
+    at_once = seeds if together is None else together
+    if at_once > 1:
+        reason = obstacle(make_config({"data": data, "model": model}, settings), forced=together is not None)
+        if reason is not None and together is not None:
+            raise InputError(f"--together {together}: {reason}")
+        if reason is not None:
+            typer.echo(f"bnsharp: seeds are trained one after the other: {reason}", err=True)
+            at_once = 1
     tasks = comparison.tasks(where, chosen, settings, data=data, model=model, seeds=seeds, epochs=epochs,
-                             train_size=lambda options: len(loaded.train_labels))
+                             train_size=lambda options: len(loaded.train_labels), together=at_once)
     comparison.check(tasks, loaded)
     where.mkdir(parents=True, exist_ok=True)
     try:

@@ -22,7 +22,7 @@ from bnsharp.errors import InputError
 from bnsharp.experiments.config import RunConfig, make_config, parse_setting
 from bnsharp.experiments.run import prepare
 from bnsharp.experiments.statistics import mean_interval
-from bnsharp.experiments.study import Task
+from bnsharp.experiments.study import Task, sizes
 
 MEASURING: dict[str, Any] = {"delta": 0.05, "steps": 6, "restarts": 6}
 BASELINE = "SGD"
@@ -133,11 +133,12 @@ def rows_of(kind: str, given: Sequence[str]) -> dict[str, Row]:
 
 def tasks(
     out: Path, rows: Mapping[str, Row], settings: Sequence[str], *, data: str, model: str, seeds: int, epochs: int,
-    train_size: Callable[[dict[str, Any]], int],
+    train_size: Callable[[dict[str, Any]], int], together: int = 1,
 ) -> list[Task]:
     """One run folder per row and seed under ``out``.
 
     Args:
+        together: seeds of a row that are trained at once, at most.
         settings: ``key=value`` for every run.
         train_size: ``data options -> training examples``, for the progress bar.
 
@@ -150,8 +151,10 @@ def tasks(
             "data": data, "model": model, "algorithm": row.algorithm, "algorithm_options": dict(row.options),
             "epochs": max(1, round(row.passes * epochs)), **row.config,
         }
-        for seed in range(seeds):
-            config = make_config({**values, "seed": seed, "checkpoint_every": 20}, list(settings))
+        groups = [size for size in sizes(seeds, together) for _ in range(size)]
+        for seed, size in enumerate(groups):
+            own = {"seed": seed, "checkpoint_every": 20, **({"together": size} if size > 1 else {})}
+            config = make_config({**values, **own}, list(settings))
             given = config.model_dump(exclude_unset=True)
             steps = config.epochs * max(1, train_size(config.data_options) // config.batch_size)
             folder = out / "runs" / f"{index:02d}-{row.algorithm}-{seed}"
@@ -162,7 +165,7 @@ def tasks(
 
 OWNED: dict[str, str] = {
     "algorithm": "--algorithm NAME", "algorithm_options": "--algorithm NAME:KEY=VALUE", "data": "--data",
-    "model": "--model", "epochs": "--epochs", "seed": "--seeds",
+    "model": "--model", "epochs": "--epochs", "seed": "--seeds", "together": "--together",
 }
 """Settings that a comparison gives its runs itself, and how they are said."""
 

@@ -38,6 +38,7 @@ class RunConfig(BaseModel):
         ranks: processes that train together, as many as were started (torchrun); None accepts any number.
         rank_directions: ``"synchronised"`` is one process on the whole batch, up to rounding; ``"local"`` averages the
             steps that each rank takes on its part (m-SAM).
+        together: seeds that are trained at once, this one included (a group of another size rounds differently).
         tensorboard: write every epoch's numbers as scalars to ``tensorboard/`` in the run folder.
         track: measures taken every ``track_every`` epochs (1) on the first ``track_examples`` training examples (at
             most 2000 by default), with ``track_options`` (measure → options).
@@ -77,6 +78,7 @@ class RunConfig(BaseModel):
     engine: Literal["loop", "vmap"] = "loop"
     ranks: int | None = Field(default=None, ge=1)
     rank_directions: Literal["synchronised", "local"] = "synchronised"
+    together: int = Field(default=1, ge=1)
     tensorboard: bool = False
     track: list[str] = Field(default_factory=list)
     track_every: int | None = Field(default=None, ge=1)
@@ -131,6 +133,8 @@ CONTRADICTIONS: tuple[tuple[Callable[[RunConfig], bool], Callable[[RunConfig], s
     (lambda c: c.schedule != "multistep" and _given(c, "milestones", "gamma"),
      lambda c: f"milestones={c.milestones}, gamma={c.gamma:g} with schedule={c.schedule!r}; expected "
                "schedule=multistep (an algorithm's own gamma is algorithm_options.gamma)"),
+    (lambda c: c.together > 1 and (c.engine != "loop" or c.ranks not in (None, 1)),
+     lambda c: f"together={c.together} with engine={c.engine!r}, ranks={c.ranks}; expected engine='loop', one process"),
     (lambda c: c.min_lr > c.lr,
      lambda c: f"min_lr={c.min_lr:g} above lr={c.lr:g}; expected a floor below the learning rate"),
     (lambda c: not c.track and c.track_every is not None,

@@ -234,12 +234,15 @@ def train(
             :class:`bnsharp.trainer.Trainer`.
     """
     check_ranks(config, ranks)
+    if config.together > 1:
+        raise InputError(f"together={config.together} in a single run; expected several seeds: bnsharp train --seeds "
+                         f"{config.together}, or bnsharp.experiments.together")
     folder, threads = RunFolder(Path(out)), config.threads
     if threads is None and resume:  # the same bytes as without the interruption
         threads = ranks.from_first(lambda: folder.config().get("threads") if folder.exists() else None)
     if threads is not None:
         torch.set_num_threads(threads)
-    ranks.from_first(lambda: _check_folder(folder, overwrite or resume))
+    ranks.from_first(lambda: check_folder(folder, overwrite or resume))
     scalars = recording.Scalars() if config.tensorboard else None
     if data is None and config.data_options.get("download"):
         data = ranks.first_then_all(lambda: load_data(config, progress))
@@ -275,7 +278,7 @@ def train(
     return prepared, result
 
 
-def _check_folder(folder: RunFolder, taken: bool) -> None:
+def check_folder(folder: RunFolder, taken: bool) -> None:
     """A folder that a run can use (``taken``: also one that holds a run); not one with a foreign checkpoint."""
     folder.check_free(overwrite=taken)
     if not folder.exists() and (folder.path / CHECKPOINT).exists():

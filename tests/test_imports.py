@@ -25,8 +25,9 @@ FOLDERS = {
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
     # of arguments; files, random states, signals, ranks; kernels
-    ("checks", "files", "randomness", "stopping", "exchange", "convolutions"),
-    ("params", "checkpoint", "schedules", "quadrature", "divergence", "engines"),  # engines: one point or several
+    ("checks", "files", "randomness", "stopping", "exchange", "convolutions", "lockstep", "stacked"),
+    # engines: one point or several
+    ("params", "checkpoint", "schedules", "quadrature", "divergence", "engines", "stacked_optimizers"),
     ("structure", "grids", "choosing"),  # one walk over a module; points on lines; the fastest engine
     ("partition", "modes", "lanczos", "composed", "loopstate", "distributed"),  # groups; modes; where a run is
     ("forms", "synchronised", "pointwise"),  # quadratic forms, losses of one batch; batch statistics over ranks
@@ -35,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
     ("profiles", "channels", "averages", "passes"),  # channels: who writes and reads them; passes of a training step
     ("directions", "scores", "transformations", "training_objective"),  # maps that keep the function
-    ("bounds",),  # of searched maxima
+    ("bounds", "shared_passes"),  # of searched maxima; passes of several runs
     ("estimation",),  # the four slots put together
     ("composites", "spectrum"),  # measures that are functions over measures
     ("pacbayes",),  # a bound as a measure
@@ -47,6 +48,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("regularizers",),  # the published steps as combinations
     ("loop", "algorithms", "observing"),  # one regularised step; regularisers by name: what a trainer repeats
     ("trainer",),
+    ("companions",),  # which runs can go together
+    ("together",),
 )
 """A module imports from strictly lower layers only, so modules of one layer do not know each other."""
 
