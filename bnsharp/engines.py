@@ -136,7 +136,8 @@ def compiled(program: Compiled, engine: Engine, device: torch.device) -> Compile
         if replayed:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            value = made(points, rest, data)
+            with torch._C.DisableTorchFunction():  # what function modes do around a pass would be traced, or refused
+                value = made(points, rest, data)
         except TorchDynamoException as error:
             raise InputError(
                 f"torch.compile does not take this loss as one graph ({first_line(error)}); expected a network "
