@@ -27,6 +27,8 @@ VISIBLE = 3e-3
 
 SAFETY = 3.0
 """The quadrature error is this many times the largest difference to an embedded rule, which can be small by chance."""
+CANDIDATES = 20
+"""Nodes, evenly spread, among which those that an embedded rule leaves out are chosen."""
 UNSEEN = 1e-6
 """What changes of sign too small to be seen can do, relative to S."""
 
@@ -147,12 +149,13 @@ def _embedded(law: SegmentLaw, x: np.ndarray, count: int) -> tuple[np.ndarray, n
     """Nodes and interpolatory weights of the subset with ``count`` nodes left out that weighs best."""
     n, (z, fine) = len(x), _fine(law)
     middle, half = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
+    # Legendre polynomials: powers of many nodes cannot be told apart in double precision
+    moments = fine @ np.polynomial.legendre.legvander((z - middle) / half, n - count - 1)
+    table = np.polynomial.legendre.legvander((x - middle) / half, n - count - 1)
     best: tuple[float, np.ndarray, np.ndarray] | None = None
-    for drop in combinations(range(n), count):
-        keep = x[[i for i in range(n) if i not in drop]]
-        vandermonde = np.vander((keep - middle) / half, increasing=True).T
-        moments = np.array([fine @ ((z - middle) / half) ** k for k in range(len(keep))])
-        weights = np.linalg.solve(vandermonde, moments)
+    for drop in combinations(range(0, n, -(-n // CANDIDATES)), count):
+        rest = [i for i in range(n) if i not in drop]
+        keep, weights = x[rest], np.linalg.solve(table[rest].T, moments)
         # positive weights, as even as the full rule's
         badness = float(np.abs(weights).sum() - 1) + float(weights.var())
         if best is None or badness < best[0] - 1e-12:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bnsharp.errors import InputError
-from bnsharp.laws import Uniform
+from bnsharp.laws import Normal, Uniform
 from bnsharp.quadrature import gauss_legendre, line_points, panel_rules, power_norm
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -190,3 +190,16 @@ def test_line_points_are_symmetric() -> None:
     law = Uniform(0.3)
     t = Tensor(line_points(law, 7))
     assert torch.allclose(t[:7], -t[7:]) and float(t.abs().max()) < 0.3
+
+
+@pytest.mark.parametrize("law", [Uniform(0.1), Normal(0.1)], ids=["uniform", "normal"])
+def test_many_nodes(law: Uniform | Normal) -> None:
+    """64 on each half segment: embedded rules keep their degree, and (E|t²|²)^½ = (E t⁴)^½."""
+    full, parts = panel_rules(law, 64)
+    for rule in parts:
+        for degree in range(6):
+            assert rule.w @ rule.x**degree == pytest.approx(full.w @ full.x**degree, rel=1e-9)
+    t = torch.tensor(line_points(law, 64), dtype=torch.float64)
+    value, error = power_norm((t**2)[None], law, 2.0, 64)
+    assert float(value) == pytest.approx(law.moment(4) ** 0.5, rel=1e-9)
+    assert float(error) < 1e-6 * float(value)
