@@ -75,8 +75,8 @@ def backward(
             one alone. ``.grad`` is the same on all of them.
         directions: ``"synchronised"``: the step of the whole batch, with its batch statistics, as one process would
             take; ``"local"``: each rank a step on its part, averaged (m-SAM).
-        share_gradient: where ``.grad`` is None and ``scale`` 1, it becomes the very tensor in the step returned: no copy
-            is made, and what then changes ``.grad`` in place (clipping) changes the step's gradient.
+        share_gradient: where ``.grad`` is None and ``scale`` 1, it becomes the very tensor in the step returned: no
+            copy is made, and what then changes ``.grad`` in place (clipping) changes the step's gradient.
         structure: ``Structure(module)``, made once by a loop that neither adds nor replaces submodules or parameters.
 
     Returns:

@@ -64,18 +64,24 @@ class ModuleObjective(AbstractObjective):
         self._rest: dict[tuple[torch.dtype, int], dict[str, Tensor]] | None = None
         """Within a pass over the data: buffers and frozen parameters in another precision, by it and what is given."""
 
-    def _tensors(self, params: Params) -> dict[str, Tensor]:
-        """``params``, with buffers and frozen parameters in the same precision where the module has another."""
-        given = dict(params.items())
-        unknown = given.keys() - self._dtypes.keys()
+    def _is_converted(self, params: Params | Mapping[str, Tensor]) -> bool:
+        """Whether parameters come in another precision than the module's.
+
+        Raises:
+            InputError: parameters that the module does not have.
+        """
+        dtypes = self._dtypes
+        unknown = [k for k in params.keys() if k not in dtypes]
         if unknown:
             raise InputError(
                 f"parameters {sorted(unknown)[:3]} are not in {type(self.module).__name__}; expected the keys of "
                 "bnsharp.parameters(module)"
             )
-        if all(v.dtype == self._dtypes[k] for k, v in given.items()):
-            return given
-        dtype, known = P.first(params).dtype, {} if self._rest is None else self._rest
+        return any(v.dtype != dtypes[k] for k, v in params.items())
+
+    def _tensors(self, params: Params) -> dict[str, Tensor]:
+        """``params`` in another precision than the module's, with its buffers and frozen parameters in that."""
+        given, dtype, known = dict(params.items()), P.first(params).dtype, {} if self._rest is None else self._rest
         if (dtype, len(given)) not in known:
             rest = [*self.module.named_buffers(), *self.structure.parameters.items()]
             known[dtype, len(given)] = {
@@ -88,11 +94,11 @@ class ModuleObjective(AbstractObjective):
 
     def _output(self, params: Params, x: Any, keep: Callable[[Any], None] | None = None) -> Any:
         """The module's output; inputs follow the parameters into another precision than the module's."""
-        tensors, dtype = self._tensors(params), P.first(params).dtype
-        if any(v.dtype != self._dtypes[k] for k, v in tensors.items() if k in self._dtypes):
-            x = self._inputs(x, dtype)
+        converted = self._is_converted(params)
+        if converted:
+            x = self._inputs(x, P.first(params).dtype)
         try:
-            output = self._call(tensors, x)
+            output = self._call(self._tensors(params) if converted else dict(params.items()), x, converted)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise InputError(
@@ -108,8 +114,8 @@ class ModuleObjective(AbstractObjective):
         """A batch's inputs in another precision than the module's."""
         return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
 
-    def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
-        """The module at inputs x, with these tensors for parameters and buffers."""
+    def _call(self, tensors: dict[str, Tensor], x: Any, converted: bool) -> Any:
+        """The module at inputs x, with these tensors for parameters and, where converted, buffers."""
         return torch.func.functional_call(self.module, tensors, *arguments(x))
 
     def _criterion_in(self, dtype: torch.dtype) -> Callable[[Any, Any], Tensor]:
@@ -250,9 +256,9 @@ class Objective(ModuleObjective):
             self._converted = (x, dtype, super()._inputs(x, dtype))
         return self._converted[2]
 
-    def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
-        if self._rest is None or not tensors.keys() <= self._dtypes.keys():
-            return super()._call(tensors, x)
+    def _call(self, tensors: dict[str, Tensor], x: Any, converted: bool) -> Any:
+        if self._rest is None or converted:
+            return super()._call(tensors, x, converted)
         undo, (positional, named) = Undo(), arguments(x)
         try:
             hold(self.structure, tensors, undo)
@@ -262,9 +268,9 @@ class Objective(ModuleObjective):
 
     def _taken(self, fn: LossFunction, like: Params) -> Taken:
         assert isinstance(fn, BatchLoss)
-        tensors, dtype, x = self._tensors(like), P.first(like).dtype, fn.x
-        if any(v.dtype != self._dtypes[k] for k, v in like.items()):
-            x = self._inputs(x, dtype)
+        tensors, x = dict(like.items()), fn.x
+        if self._is_converted(like):
+            tensors, x = self._tensors(like), self._inputs(x, P.first(like).dtype)
         return Taken(self._program, {k: v for k, v in tensors.items() if k not in like.keys()}, (x, fn.y))
 
     def _program(self, points: dict[str, Tensor], rest: dict[str, Tensor], data: Any) -> Tensor:

@@ -222,10 +222,19 @@ def where(condition: Tensor, x: Any, y: Any) -> Any:
     return make({k: where(condition, x[k], y[k]) for k in x.keys()}, x.batch_size)
 
 
+def transforming() -> bool:
+    """Whether a ``torch.func`` transform is under way anywhere: without one no tensor is wrapped."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a ``torch.func`` transform is under way for this tensor."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing is recorded or transformed: then several tensors may share one operation."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not any(t.requires_grad or wrapped(t) for t in tensors)
+    return not transforming() and not any(t.requires_grad for t in tensors)
 
 
 def dot(x: Params, y: Params) -> Tensor:

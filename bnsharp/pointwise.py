@@ -21,8 +21,7 @@ from bnsharp.types import LossFunction, Params
 
 def is_transformed(params: Params | Mapping[str, Tensor]) -> bool:
     """Whether a ``torch.func`` transform is under way: there, gradients must be taken by ``torch.func`` too."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(wrapped(v) for v in params.values())
+    return P.transforming() and any(P.is_wrapped(v) for v in params.values())
 
 
 def value_and_grad(fn: LossFunction, params: Params) -> tuple[Tensor, Params]:

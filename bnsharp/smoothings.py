@@ -17,9 +17,8 @@ from bnsharp.laws import Gaussian
 from bnsharp.measures import Measure
 from bnsharp.penalties import unknown_value
 from bnsharp.penalty_gradients import weighted
-from bnsharp.reduce import derivative
 from bnsharp.profiles import Anchor, Rise
-from bnsharp.reduce import Reduce
+from bnsharp.reduce import Reduce, derivative
 from bnsharp.scores import SecantScore
 from bnsharp.starts import count, counted, fraction
 from bnsharp.types import Params, State, Step

@@ -88,7 +88,6 @@ class TrainingObjective(ModuleObjective):
         self.used: set[str] = set()
         self._compiled = P.compiled(module)
         self._own = own
-        self._trained = sum(p.requires_grad for p in self.structure.parameters.values())
         self._addresses = {} if everywhere else {k: p.data_ptr() for k, p in self.structure.parameters.items()}
         self._draws: Draws = Draws() if like is None else like._draws
         self._begin()
@@ -99,7 +98,7 @@ class TrainingObjective(ModuleObjective):
         self._loss_kept: Tensor | None = None
         self._parts: list[TrainingObjective] = []
         self._held: Undo | None = None
-        self._once = False
+        self._once = self._missed = False
         self._root: Any = None
 
     # ------------------------------------------------------------ the batch
@@ -207,10 +206,9 @@ class TrainingObjective(ModuleObjective):
         self._evaluated = True
         return value
 
-    def _call(self, tensors: dict[str, Tensor], x: Any) -> Any:
-        converted = any(v.dtype != self._dtypes.get(k) for k, v in tensors.items())
+    def _call(self, tensors: dict[str, Tensor], x: Any, converted: bool) -> Any:
         if self._held is None or converted or is_transformed(tensors):
-            return super()._call(tensors, x)
+            return super()._call(tensors, x, converted)
         parameters = self.structure.parameters
         if any(v is not parameters[k] for k, v in tensors.items()):
             hold(self.structure, tensors, self._held)
@@ -254,7 +252,7 @@ class TrainingObjective(ModuleObjective):
         return self._at(lambda leaves: fn(P.make(leaves)), params)
 
     def _at(self, fn: Callable[[dict[str, Tensor]], Tensor], params: Params) -> tuple[Tensor, Params]:
-        """Loss and gradient: a leaf that the loss does not reach gets zeros, the others' names are put into ``used``."""
+        """Loss and gradient: leaves that the loss does not reach get zeros, the others' names go into ``used``."""
         parameters = self.structure.parameters
         if params is self._own and not any(parameters[k]._backward_hooks for k in params.keys()):
             leaves: dict[str, Tensor] = {k: parameters[k] for k in params.keys()}
@@ -264,7 +262,9 @@ class TrainingObjective(ModuleObjective):
             value = fn(leaves)
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         reached = dict(zip(leaves, grads, strict=True))
-        self.used.update(k for k, g in reached.items() if g is not None)
+        missed = [k for k, g in reached.items() if g is None]
+        self._missed = bool(missed)
+        self.used.update(reached.keys() - missed if missed else reached)
         return value.detach(), P.make({k: torch.zeros_like(leaves[k]) if g is None else g for k, g in reached.items()})
 
     def many_value_and_grad(self, source: Params | Sequence[Params]) -> tuple[Tensor, Params]:
@@ -299,10 +299,10 @@ class TrainingObjective(ModuleObjective):
         self._once = True
         try:
             yield
-            if len(self.used) < self._trained and has_node(self._root, "CheckpointFunctionBackward"):
+            if self._missed and has_node(self._root, "CheckpointFunctionBackward"):
                 raise InputError(REENTRANT)
         finally:
-            self._once, self._root = False, None
+            self._once, self._root, self._missed = False, None, False
 
     def _pass(self, evaluate: Callable[[Term], Any]) -> Iterator[tuple[float, Any]]:
         return super()._pass(lambda term: self._finite(evaluate(term)))
