@@ -218,24 +218,10 @@ class AbstractObjective(PointLosses, ABC):
     def hessian(self, params: Params) -> Callable[[Params], Params]:
         """The Hessian at θ as a function ``v ↦ H v`` (exact, by a second backward pass; detached).
 
-        On a single batch the graph of the gradient is built once and reused by every product.
+        On a single batch the graph of the gradient is built once and reused by every product; ``gradient`` of the
+        function is then ``∇L(θ)``, which it needed, and None on several batches.
         """
-        kept: list[GradientGraph] = []
-        with self._session():
-            terms = self._whole_terms()
-            first, second = next(terms, None), next(terms, None)
-            if first is not None and second is None:
-                kept.append(GradientGraph(first.loss, params))
-
-        def apply(v: Params) -> Params:
-            self.evaluations["products"] += 1
-            if kept:
-                return self._ticked(kept[0].product, v)
-            return self._mean(
-                lambda fn: self._ticked(GradientGraph(fn, params).product, v), lambda a, w, b: P.combine(1 - w, a, w, b)
-            )
-
-        return apply
+        return _Hessian(self, params)
 
     def hessian_slope(self, params: Params, v: Params) -> Params:
         """``∇_θ vᵀH(θ)v`` with v held (exact, by a third backward pass; detached). It counts as a product."""
@@ -262,6 +248,31 @@ class AbstractObjective(PointLosses, ABC):
 def _weighted_sum(grads: Params, weights: Tensor) -> Params:
     """``Σ_k W_jk g_k``, a batch ``[m]``."""
     return P.make({k: torch.tensordot(weights.to(g.dtype), g, dims=1) for k, g in grads.items()}, (len(weights),))
+
+
+class _Hessian:
+    """``v ↦ H v``: what :meth:`AbstractObjective.hessian` gives."""
+
+    def __init__(self, objective: AbstractObjective, params: Params):
+        self.objective, self.params = objective, params
+        self._graph: GradientGraph | None = None
+        with objective._session():
+            terms = objective._whole_terms()
+            first, second = next(terms, None), next(terms, None)
+            if first is not None and second is None:
+                self._graph = GradientGraph(first.loss, params)
+                objective.batches_seen, objective.weight_seen = 1, first.weight
+        self.gradient = None if self._graph is None else self._graph.slope
+
+    def __call__(self, v: Params) -> Params:
+        objective = self.objective
+        objective.evaluations["products"] += 1
+        if self._graph is not None:
+            return objective._ticked(self._graph.product, v)  # type: ignore[no-any-return]
+        return objective._mean(  # type: ignore[no-any-return]
+            lambda fn: objective._ticked(GradientGraph(fn, self.params).product, v),
+            lambda a, w, b: P.combine(1 - w, a, w, b),
+        )
 
 
 class FunctionObjective(AbstractObjective):

@@ -35,6 +35,11 @@ class GradientGraph:
         with torch.enable_grad(), math_attention(), Composed(2):
             self.gradient = gradient_graph(loss(P.make(self.leaves)), list(self.leaves.values()))
 
+    @property
+    def slope(self) -> Params:
+        """``∇L(θ)``, detached."""
+        return P.make({k: g.detach() for k, g in zip(self.leaves, self.gradient, strict=True)})
+
     def product(self, v: Params) -> Params:
         """``H v``, detached."""
         pairs = [(g, v[k]) for k, g in zip(self.leaves, self.gradient, strict=True) if g.requires_grad]
@@ -79,11 +84,12 @@ def hessian_form(term: Term, params: Params) -> Form:
     """``vᵀ H v``, H the Hessian of the batch's loss."""
     graph = GradientGraph(term.loss, params)
 
-    def form(v: Params) -> Tensor:
-        product = graph.product(v)
-        return torch.stack([P.dot(v, product), P.norm(v) * P.norm(product)])
+    return lambda v: form_of(v, graph.product(v))
 
-    return form
+
+def form_of(v: Params, product: Params) -> Tensor:
+    """``[vᵀAv, ‖v‖‖Av‖]`` from ``A v``."""
+    return torch.stack([P.dot(v, product), P.norm(v) * P.norm(product)])
 
 
 def gauss_newton_form(term: Term, params: Params) -> Form:

@@ -25,6 +25,7 @@ from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective, is
 from bnsharp.forms import (
     Composed,
     QuadraticForm,
+    form_of,
     gauss_newton_form,
     gradient_graph,
     hessian_form,
@@ -65,9 +66,9 @@ class Anchor:
     @property
     def by_batch(self) -> Tensor:
         """``L_b(θ) [B]``."""
-        if self._by_batch is None:
         if self._by_batch is None and self._loss is not None and self.objective.batches_seen == 1:
             self._by_batch = self._loss.detach().reshape(1)
+        if self._by_batch is None:
             with torch.no_grad():
                 weights, losses = self.objective.many_by_batch([self.params])
             self._by_batch = losses[:, 0]
@@ -82,9 +83,18 @@ class Anchor:
 
     def hessian(self, v: Params) -> Params:
         """``H v``."""
+        return self._products()(v)  # type: ignore[no-any-return]
+
+    def _products(self) -> Any:
         if self._hessian is None:
             self._hessian = self.objective.hessian(self.params)
-        return self._hessian(v)
+            if self._gradient is None:  # on a single batch it was needed for the products
+                self._gradient = getattr(self._hessian, "gradient", None)
+        return self._hessian
+
+    def has_graph(self) -> bool:
+        """Whether products share one graph of the gradient: on a single batch."""
+        return getattr(self._products(), "gradient", None) is not None
 
 
 class Profile(ABC):
@@ -113,6 +123,10 @@ class Profile(ABC):
 
         Memory does not grow with the number of points on a line.
         """
+
+    def prepare(self, anchor: Anchor) -> None:
+        """Before a search: evaluate at the anchor what all of its scores need and its start can use."""
+        return
 
     def secant(self) -> tuple[float, float]:
         """``(κ, δ)`` of the two-point form."""
@@ -318,7 +332,13 @@ class Curvature(Profile):
         return torch.stack([second(P.pick(v, i)) for i in range(P.count(v))])
 
     def evaluate(self, anchor: Anchor, v: Source) -> Evaluated:
-        return _evaluate_form(anchor, v, hessian_form)
+        if anchor.objective.batches_seen != 1 or not anchor.has_graph():
+            return _evaluate_form(anchor, v, hessian_form)
+        directions = (P.pick(v, i) for i in range(P.count(v)))
+        return _evaluated(torch.stack([form_of(d, anchor.hessian(d)) for d in directions]))
+
+    def prepare(self, anchor: Anchor) -> None:
+        anchor.has_graph()
 
     def expansion(self, anchor: Anchor) -> tuple[float, float]:
         return 0.0, 1.0
@@ -339,9 +359,13 @@ class Curvature(Profile):
 
 def _evaluate_form(anchor: Anchor, v: Source, form: QuadraticForm) -> Evaluated:
     weights, both = anchor.objective.forms_by_batch(anchor.params, v, form)  # [B, n, 2]
-    mean, rest = _mean(weights, both.detach()), [x[:, 0] for x in _left_out(weights, both.detach())]
-    errors = 8 * torch.finfo(mean.dtype).eps * mean[:, 1]
-    return Evaluated(mean[:, 0], errors, torch.stack(rest) if rest else None)
+    rest = [x[:, 0] for x in _left_out(weights, both.detach())]
+    return _evaluated(_mean(weights, both.detach()), torch.stack(rest) if rest else None)
+
+
+def _evaluated(forms: Tensor, left_out: Tensor | None = None) -> Evaluated:
+    """From ``vᵀAv`` and ``‖v‖‖Av‖``, ``[n, 2]``."""
+    return Evaluated(forms[:, 0], 8 * torch.finfo(forms.dtype).eps * forms[:, 1], left_out)
 
 
 @dataclass(frozen=True)

@@ -170,12 +170,14 @@ class Found:
         scored: the scores of those directions where they are known already (searches), else None.
         error: numerical error of the search itself (an eigenvalue residual), 0.0 if it has none.
         restarts: the best score of each start that was followed to its end.
+        known: what the profile gives at ``u`` on all data, where the search knows it (a form at an eigenvector).
     """
 
     u: Any
     scored: Scored | None = None
     error: float = 0.0
     restarts: tuple[float, ...] = ()
+    known: Evaluated | None = None
 
 
 @dataclass(frozen=True)
