@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import bnsharp
-from benchmarks.paired import CPU, Case, Run, on_clock
+from benchmarks.paired import CPU, Case, Run
 from benchmarks.training import cross_entropy
 from bnsharp import params as P
+from bnsharp.choosing import CHUNKS
 from bnsharp.grids import Grid
 from bnsharp.models import build
 
@@ -133,21 +133,10 @@ def bn_sharpness(rounding: str, dtype: torch.dtype, device: torch.device = CPU) 
     return {"bn_sharpness": ours, "16 forward + 1 gradient": passes}
 
 
-def choice(
-    name: str, shape: tuple[int, int, int], batch: int, n: int, **options: Any
-) -> Callable[..., Mapping[str, Run]]:
-    """``auto`` against the best of its own loop and vmap and of the plain loop, as they are timed before."""
-
-    def setup(device: torch.device = CPU) -> Mapping[str, Run]:
-        found = dict(engines(name, shape, batch, n, ("auto", "loop", "vmap:4", "vmap:16", "vmap:64"), False, device,
-                             **options))
-        ours = found.pop("many, auto")
-        ours()
-        before = {k: statistics.median([on_clock(run) for _ in range(3)]) for k, run in found.items()}
-        best = min(before, key=before.__getitem__)
-        return {"many, auto": ours, best: found.pop(best), **found}
-
-    return setup
+def choice(name: str, shape: tuple[int, int, int], batch: int, n: int, **options: Any) -> Callable[..., Any]:
+    """``auto`` against its own loop and vmap, and the plain loop."""
+    chunks = tuple(f"vmap:{c}" for c in CHUNKS if c <= n)
+    return partial(engines, name, shape, batch, n, ("auto", "loop", *chunks), **options)
 
 
 F32, F64 = torch.float32, torch.float64
@@ -157,10 +146,10 @@ CASES = (
     Case("64 perturbations of the BN perceptron, width 32, batch 32",
          partial(engines, "bn-mlp", DIGITS, 32, POINTS, ("auto:compiled", "loop"), width=32), None, 21),
     *(Case(f"many, auto / the best engine, BN perceptron, width {width}",
-           choice("bn-mlp", DIGITS, 256, POINTS, width=width), 1.05, 21) for width in (16, 32, 128)),
-    Case("many, auto / the best engine, LeNet-BN, batch 64", choice("lenet-bn", IMAGES, 64, 16), 1.05, 9),
-    Case("many, auto / the best engine, ResNet18, batch 32", choice("resnet18", IMAGES, 32, 4), 1.05, 5),
-    Case("many, auto / the best engine, VGG11-BN, batch 32", choice("vgg11-bn", IMAGES, 32, 4), 1.05, 5),
+           choice("bn-mlp", DIGITS, 256, POINTS, width=width), 1.05, 21, best=True) for width in (16, 32, 128)),
+    Case("many, auto / the best engine, LeNet-BN, batch 64", choice("lenet-bn", IMAGES, 64, 16), 1.05, 9, best=True),
+    Case("many, auto / the best engine, ResNet18, batch 32", choice("resnet18", IMAGES, 32, 4), 1.05, 5, best=True),
+    Case("many, auto / the best engine, VGG11-BN, batch 32", choice("vgg11-bn", IMAGES, 32, 4), 1.05, 5, best=True),
     Case("points of a line, ResNet18, batch 32", partial(line, "resnet18", IMAGES, 32, 4), None, 5),
     Case("BN-Sharpness, steepest start, LeNet-BN, batch 2048", partial(bn_sharpness, "modelled", F32), 1.10, 5,
          note="rounding modelled"),

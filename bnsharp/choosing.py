@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ MARGIN = 1.1
 SLACK = 0.25
 """Seconds that trying one engine may take, or half of what the call takes, whichever is longer; compiling is extra."""
 ROUNDS = 5
-"""Engines that are not far behind are timed so often, one after the other in every round: the least counts."""
+"""Engines that are not far behind are timed so often, one after the other in every round: the median counts."""
 CLOSE = 2.0
 """Not far behind: at most so many times the least."""
 SHARE = 0.5
@@ -227,14 +228,21 @@ class _Trial:
         return None
 
     def _again(self) -> None:
-        """The same for those close to the best: whatever slows the machine slows a round, and all in it."""
-        least, started = min(self.seconds.values()), time.perf_counter()
+        """The same for those close to the best, on equally many points: medians of rounds.
+
+        Whatever slows the machine slows a round, and all in it; a short run would find a quiet moment more easily.
+        """
+        least = min(self.seconds.values())
         close = [e for e, s in self.seconds.items() if s <= CLOSE * least]
+        most, started = max(e.size for e in close), time.perf_counter()
+        spent: dict[Engine, list[float]] = {e: [] for e in close}
         for _ in range(ROUNDS if len(close) > 1 else 0):
             for engine in close:
-                self.seconds[engine] = min(self.seconds[engine], self._once(engine) / engine.size)
-            if time.perf_counter() - started > SLACK:
-                return
+                runs = max(1, most // engine.size)
+                spent[engine].append(sum(self._once(engine) for _ in range(runs)) / (runs * engine.size))
+            if time.perf_counter() - started > 2 * SLACK:
+                break
+        self.seconds |= {e: statistics.median(values) for e, values in spent.items() if values}
 
     def _once(self, engine: Engine) -> float:
         self._wait()
