@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(CURDIR)/$(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit bench performance clean
 
 demo: $(INSTALLED)
 	$(BIN)/bnsharp demo
@@ -29,9 +29,16 @@ types: $(INSTALLED)
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
-# Ours and others' side by side; writes benchmarks/results/. Not part of the tests: a timing is never asserted.
+# Ours and others' side by side; writes benchmarks/results/. Not part of the tests: a timing is never
+# asserted. `make bench BENCH="SAM --threads=2"` for some of it.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# All that docs/performance.md shows.
+performance: bench
+	$(BIN)/python -m benchmarks.profile
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.document
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -80,6 +80,8 @@ AXES: dict[str, tuple[Sequence[int], Callable[[int], int], dict[str, Callable[[i
     ),
 }
 """By axis: settings, what is on the axis at each, and what is timed."""
+SLOPES = {"ranks": (-1, 0)}
+"""What the eye compares with, where that is not slope 1 through the last point: slope, and point."""
 RANKS = (1, 2)
 RANKS_BATCH = 4096
 
@@ -152,8 +154,8 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
             label = f"{f['what']}: slope {f['exponent']:.2f}"
             panel.loglog(f["sizes"], [1e3 * s for s in f["seconds"]], "o-", color=colours[f["what"]], label=label)
         first = mine[-1]
-        slope = -1 if axis == "ranks" else 1
-        ideal = [1e3 * first["seconds"][-1] * (n / first["sizes"][-1]) ** slope for n in first["sizes"]]
+        slope, at = SLOPES.get(axis, (1, -1))
+        ideal = [1e3 * first["seconds"][at] * (n / first["sizes"][at]) ** slope for n in first["sizes"]]
         panel.loglog(first["sizes"], ideal, ":", color="grey", label=f"slope {slope}")
         panel.set_xticks(first["sizes"], [f"{n / 1000:.0f}k" if n >= 10_000 else str(n) for n in first["sizes"]])
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)

@@ -192,7 +192,7 @@ def test_line_points_are_symmetric() -> None:
     assert torch.allclose(t[:7], -t[7:]) and float(t.abs().max()) < 0.3
 
 
-@pytest.mark.parametrize("law", [Uniform(0.1), Normal(0.1)], ids=["uniform", "normal"])
+@pytest.mark.parametrize("law", [Uniform(1.0), Normal(1.0)], ids=["uniform", "normal"])
 def test_many_nodes(law: Uniform | Normal) -> None:
     """64 on each half segment: embedded rules keep their degree, and (E|t²|²)^½ = (E t⁴)^½."""
     full, parts = panel_rules(law, 64)
@@ -202,4 +202,4 @@ def test_many_nodes(law: Uniform | Normal) -> None:
     t = torch.tensor(line_points(law, 64), dtype=torch.float64)
     value, error = power_norm((t**2)[None], law, 2.0, 64)
     assert float(value) == pytest.approx(law.moment(4) ** 0.5, rel=1e-9)
-    assert float(error) < 1e-6 * float(value)
+    assert float(error) < 1e-5 * float(value)
