@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -452,3 +453,37 @@ def test_the_command_tells_and_repeats_a_choice(
     choosing.forget()
     again, said = values("--engine", "auto")
     assert again["value"] == pytest.approx(first["value"], rel=1e-10) and "cannot be written" in said
+
+
+def test_the_pages_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    exec(compile(block, "engines.md", "exec"), {})
+    assert capsys.readouterr().out.rstrip().endswith("(chosen)")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("engine", COMPILED)
+def test_a_measure_by_a_compiled_engine(engine: str) -> None:
+    """Searches, draws and rounding checks in float64, where convolutions are sliced by a function mode."""
+    net, data = bn_conv(), examples(8, (2, 6, 6))
+    groups, theta = bnsharp.scale_groups(net, data[0]), P.parameters(net)
+    searched = measures.bn_sharpness(groups, delta=0.05, steps=1, restarts=1)
+    for measure in (searched, measures.gaussian(sigma=0.1, draws=9)):
+        one, other = (measure(Objective(net, cross_entropy, data, engine=e), theta) for e in ("loop", engine))
+        assert other.value == pytest.approx(one.value, rel=1e-4) and other.precision == one.precision
+        assert other.engine == str(Engine.parse(engine))
+
+
+def test_a_modelled_rounding_error_costs_nothing_and_promotes_nothing() -> None:
+    net, data = bn_mlp(), examples(16)
+    theta, measure = P.parameters(net), measures.gaussian(sigma=0.1, draws=6)
+    objective = Objective(net, cross_entropy, data)
+    kept = measure(objective, theta, sampling=bnsharp.Sampling(promote=False, rounding="modelled"))
+    exact = measure(objective, P.pmap(Tensor.double, theta))
+    assert kept.precision == "float32" and not kept.promoted and kept.evaluations["losses"] == 7
+    assert 0 < kept.error < 1e-4 and abs(kept.value - exact.value) <= kept.error
+    for options in ({"rounding": "modelled"}, {"rounding": "guessed", "promote": False}):
+        with pytest.raises(InputError) as caught:
+            bnsharp.Sampling(**options)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
