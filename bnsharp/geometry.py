@@ -176,6 +176,8 @@ class Frame:
 
     def _times(self, u: Params, factor: float) -> Params:
         if factor == 1.0:
+            if P.together(u, self.scale):
+                return P.foreach(torch._foreach_mul, u, self.scale)
             return P.pmap(lambda a, s: a * s, u, self.scale)
         return P.pmap(lambda a, s: a * (factor * s), u, self.scale)
 
@@ -183,6 +185,8 @@ class Frame:
         """``θ + factor · v``, a batch ``[n]`` for a batch u."""
         if self.linear is not None:
             return P.shift(self.params, self.place(u, factor))
+        if P.together(self.params, u, self.scale):
+            return P.foreach(lambda p, a, s: torch._foreach_addcmul(p, a, s, factor), self.params, u, self.scale)
         return P.pmap(lambda p, a, s: torch.addcmul(p, a, s, value=factor), self.params, u, self.scale)
 
     def pull(self, g: Params, factor: float = 1.0) -> Params:

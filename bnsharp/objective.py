@@ -360,12 +360,15 @@ def _equal(a: Any, b: Any) -> bool:
     return tensors and all(torch.equal(x, y) for x, y in zip(one, two, strict=True) if isinstance(x, Tensor))
 
 
+_CPU = torch.device("cpu")
+
+
 def random_states(params: Params | Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
     """The global random states that layers on the parameters' devices draw from."""
-    states = {torch.device("cpu"): torch.get_rng_state()}
-    for device in {v.device for v in params.values()}:
-        if device.type == "cuda":
-            states[device] = torch.cuda.get_rng_state(device)
+    states = {_CPU: torch.default_generator.get_state()}
+    for v in params.values():
+        if v.is_cuda and v.device not in states:
+            states[v.device] = torch.cuda.get_rng_state(v.device)
     return states
 
 

@@ -142,6 +142,8 @@ def shift(params: Params, v: Params, t: Tensor | float = 1.0) -> Params:
         return pmap(lambda p, d: p + d, params, v)
     if isinstance(t, Tensor):
         return pmap(lambda p, d: torch.addcmul(p, d, t.to(p.dtype)), params, v)
+    if together(params, v):
+        return foreach(lambda p, d: torch._foreach_add(p, d, alpha=t), params, v)
     return pmap(lambda p, d: torch.add(p, d, alpha=t), params, v)
 
 
@@ -181,17 +183,19 @@ def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Param
     """``a x + b y``."""
     if isinstance(a, float) and a == 1.0:
         return shift(x, y, b)
-    if isinstance(a, float) and isinstance(b, float) and x.batch_size == y.batch_size:
-        xs, ys = list(x.values()), [y[k] for k in x.keys()]
-        if is_plain([*xs, *ys]):
-            scaled_xs = torch._foreach_mul(xs, a)
-            torch._foreach_add_(scaled_xs, ys, alpha=b)
-            return make(dict(zip(x.keys(), scaled_xs, strict=True)), x.batch_size)
+    if isinstance(a, float) and isinstance(b, float) and together(x, y):
+        ax = foreach(lambda p: torch._foreach_mul(p, a), x)
+        torch._foreach_add_(list(ax.values()), [y[k] for k in x.keys()], alpha=b)
+        return ax
     return pmap(lambda p, q: a * p + b * q, x, y)
 
 
 def times_difference(c: Tensor, x: Params, y: Params) -> Params:
     """``c (x − y)`` for a scalar c."""
+    if together(x, y):
+        difference = foreach(torch._foreach_sub, x, y)
+        torch._foreach_mul_(list(difference.values()), c)
+        return difference
     return pmap(lambda p, q: c * (p - q), x, y)
 
 
@@ -220,6 +224,20 @@ def where(condition: Tensor, x: Any, y: Any) -> Any:
     if isinstance(x, Tensor):
         return torch.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
     return make({k: where(condition, x[k], y[k]) for k in x.keys()}, x.batch_size)
+
+
+def together(*params: Params) -> bool:
+    """Whether single points, plain tensors (:func:`is_plain`), may share operations over all their tensors."""
+    return not transforming() and not any(
+        p.batch_size or any(v.requires_grad for v in p.values()) for p in params
+    )
+
+
+def foreach(operation: Callable[..., Any], *params: Params) -> Params:
+    """``operation`` on lists of tensors, in the order of the first one's names."""
+    first_one, names = params[0], list(params[0].keys())
+    lists = [list(first_one.values()), *([p[k] for k in names] for p in params[1:])]
+    return make(dict(zip(names, operation(*lists), strict=True)))
 
 
 def transforming() -> bool:

@@ -148,7 +148,10 @@ class Partition:
 
     def scale(self, x: Params, values: Tensor) -> Params:
         """``values_i · x_i`` per group."""
-        return P.pmap(lambda a, s: a * s, x, self.spread(values, x))
+        spread = self.spread(values, x)
+        if P.together(x, spread):
+            return P.foreach(torch._foreach_mul, x, spread)
+        return P.pmap(lambda a, s: a * s, x, spread)
 
     def normalize(self, x: Params, norms: Tensor | None = None) -> Params:
         """``x_i / ‖x_i‖`` per group; groups of norm zero stay zero."""

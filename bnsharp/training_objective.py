@@ -88,7 +88,8 @@ class TrainingObjective(ModuleObjective):
         self.used: set[str] = set()
         self._compiled = P.compiled(module)
         self._own = own
-        self._addresses = {} if everywhere else {k: p.data_ptr() for k, p in self.structure.parameters.items()}
+        narrow = autocast is not None and not everywhere
+        self._addresses = {k: p.data_ptr() for k, p in self.structure.parameters.items()} if narrow else {}
         self._draws: Draws = Draws() if like is None else like._draws
         self._begin()
 
@@ -183,7 +184,9 @@ class TrainingObjective(ModuleObjective):
     def _forward(self, params: Params, evaluate: Callable[[], Any]) -> Any:
         """One forward pass in its precision, with the batch's masks; statistics move at the first one, if at all."""
         updates = self.update_statistics and not self._evaluated
-        dtype = self.autocast if self.everywhere or self._is_own(params) else None
+        dtype = self.autocast
+        if dtype is not None and not self.everywhere and not self._is_own(params):
+            dtype = None
         held = Undo() if self._held is None else self._held
         held.undo()
         states = self._draws.begin(params)
