@@ -257,7 +257,7 @@ class Objective(ModuleObjective):
         return self._converted[2]
 
     def _call(self, tensors: dict[str, Tensor], x: Any, converted: bool) -> Any:
-        if self._rest is None or converted:
+        if self._rest is None or (converted and not tensors.keys() <= self._dtypes.keys()):  # buffers are replaced too
             return super()._call(tensors, x, converted)
         undo, (positional, named) = Undo(), arguments(x)
         try:
