@@ -17,6 +17,7 @@ from bnsharp import params as P
 from bnsharp.balls import JointBall
 from bnsharp.bounds import upper_bound
 from bnsharp.checks import one_of, positive, whole
+from bnsharp.deflation import Deflation, deflated, plus
 from bnsharp.directions import Directions
 from bnsharp.errors import InputError, NotDifferentiableError, NotFiniteError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
@@ -47,7 +48,8 @@ class Sampling:
     """How long to sample, and in what precision.
 
     Raises:
-        InputError: a target that is no positive number; an unknown ``rounding``, or a modelled one with ``promote``.
+        InputError: a target that is no positive number; an unknown ``rounding``, or a modelled one with ``promote``;
+            a negative ``deflate``.
 
     Attributes:
         target: sample on until the interval's half width is at most this fraction of the value; None takes the
@@ -57,16 +59,21 @@ class Sampling:
             directions, which cost more than the value itself where there are few. ``"modelled"``: a bound for losses
             that are rounded once, ``4ε(1 + |L|)`` each; rounding inside a network can exceed it.
         on_estimate: called with every estimate so far, about every ``ROUND`` draws.
+        deflate: for traces (a mean of ``vᵀHv`` over independent coordinates): as many products go first into a basis of
+            the sharpest directions, whose part of the trace is then exact, and the draws see what is left
+            (:mod:`bnsharp.deflation`); 0 draws only.
     """
 
     target: float | None = None
     promote: bool = True
     on_estimate: Callable[[Estimate], None] | None = None
     rounding: str = "measured"
+    deflate: int = 0
 
     def __post_init__(self) -> None:
         if self.target is not None:
             positive("target", self.target)
+        whole("deflate", self.deflate, 0)
         one_of("rounding", self.rounding, ("measured", "modelled"))
         if self.promote and self.rounding == "modelled":
             raise InputError("promote=True with rounding='modelled'; expected a rounding error that is measured: pass "
@@ -202,10 +209,14 @@ class _Run:
         self.measure, self.objective, self.generator = measure, objective, generator
         self.anchor, self.frame = Anchor(objective, params), measure.geometry.at(params)
         self.values: list[Evaluated] = []
+        self.deflation: Deflation | None = None
+        self.base: Evaluated | None = None
 
     def finish(self, sampling: Sampling) -> Estimate:
         """The last estimate: when the draws are used up, or the target is met."""
         last: Estimate | None = None
+        if sampling.deflate:
+            self._deflate(sampling.deflate)
         for estimate in self._estimates(sampling.target):
             last = estimate
             if sampling.on_estimate is not None:
@@ -237,8 +248,18 @@ class _Run:
             if done >= least and estimate.converged is not False:
                 return
 
+    def _deflate(self, rank: int) -> None:
+        measure = self.measure
+        slots = (measure.directions, measure.profile, measure.reduce)
+        self.deflation, self.base = deflated(*slots, self.anchor, self.frame, rank, self.generator)
+
+    def _unit(self, i: int) -> Params:
+        u = P.pick(self.found.u, i)
+        return u if self.deflation is None else self.deflation.project(u)
+
     def _evaluate(self, indices: range) -> None:
-        known = self.measure.profile.evaluate(self.anchor, self._placed(indices))
+        units = P.Lazy(len(indices), lambda i: self._unit(indices[i]))
+        known = self.measure.profile.evaluate(self.anchor, self._placed(units))
         bad = int((~known.values.isfinite()).sum())
         if bad:
             raise NotFiniteError(
@@ -247,17 +268,18 @@ class _Run:
             )
         self.values.append(known)
 
-    def _placed(self, indices: range) -> P.Lazy:
-        return P.Lazy(len(indices), lambda i: self.frame.place(P.pick(self.found.u, indices[i])))
+    def _placed(self, u: P.Lazy) -> P.Lazy:
+        return P.Lazy(len(u), lambda i: self.frame.place(u[i]))
 
     def _reduced(self) -> tuple[float, float, float, float, float | None]:
         """Value, standard error, effective samples, numerical error, standard error over batches."""
-        values = torch.cat([k.values for k in self.values]).cpu().double()
-        errors = torch.cat([k.errors for k in self.values])
+        evaluated = self.values if self.base is None else [plus(k, self.base) for k in self.values]
+        values = torch.cat([k.values for k in evaluated]).cpu().double()
+        errors = torch.cat([k.errors for k in evaluated])
         value, stderr, effective = self.measure.reduce(values)
         if not self.measure.directions.is_drawn:  # nothing was sampled
             stderr = torch.zeros_like(stderr)
-        rests = [k.left_out for k in self.values]
+        rests = [k.left_out for k in evaluated]
         data = None
         if all(rest is not None for rest in rests):
             rows = torch.cat(rests, 1).cpu().double()  # type: ignore[arg-type]
@@ -309,7 +331,7 @@ class _Run:
         picks = list(range(min(CHECKED, n))) if self.measure.directions.is_drawn else [int(values.argmax())]
         params = P.pmap(Tensor.double, self.anchor.params)
         frame = self.measure.geometry.at(params)
-        v = P.Lazy(len(picks), lambda i: frame.place(P.pmap(Tensor.double, P.pick(self.found.u, picks[i]))))
+        v = P.Lazy(len(picks), lambda i: frame.place(P.pmap(Tensor.double, self._unit(picks[i]))))
         try:
             exact = self.measure.profile.evaluate(Anchor(self.objective, params), v).values
         except (RuntimeError, TypeError):

@@ -7,10 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bnsharp
+from bnsharp import InputError
 from bnsharp import params as P
 from bnsharp.composed import Composed
 from bnsharp.evaluation import as_objective
 from bnsharp.forms import GradientGraph
+from bnsharp.geometry import Euclidean, Geometry, Groupwise
+from bnsharp.measures import hessian_top, hessian_trace
+from bnsharp.profiles import Curvature
 
 # ---------------------------------------------------------------- layers made of other operations
 
@@ -105,3 +110,112 @@ def test_products_of_a_convolutional_network_against_differences_of_gradients() 
     up, down = (objective.value_and_grad(P.shift(theta, v, s * h))[1] for s in (1, -1))
     for k in theta.keys():
         torch.testing.assert_close(product[k], (up[k] - down[k]) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- traces
+
+
+def network(batches: int = 1) -> tuple[bnsharp.Objective, P.Params, bnsharp.ScaleGroups]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(24, 5, dtype=torch.float64), torch.arange(24) % 3
+    data = [(x[i::batches], y[i::batches]) for i in range(batches)]
+    return bnsharp.Objective(net, F.cross_entropy, data), P.parameters(net), bnsharp.scale_groups(net, x)
+
+
+def dense(objective: bnsharp.Objective, theta: P.Params, geometry: Geometry) -> Tensor:
+    """The form in a law's coordinates, column by column: its trace is the measure."""
+    frame, product = geometry.at(theta), objective.hessian(theta)
+    std = P.flatten(P.pmap(lambda p, w: w.expand_as(p), theta, frame.ball.coordinate_std(theta)))
+    columns = [
+        P.flatten(frame.pull(product(frame.place(P.unflatten(std * e, theta))))) * std
+        for e in torch.eye(P.numel(theta), dtype=torch.float64)
+    ]
+    return torch.stack(columns)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("relative", [False, True])
+def test_deflated_traces_are_unbiased_and_their_errors_honest(relative: bool, batches: int) -> None:
+    """200 repetitions: the mean within 4 standard errors of the exact trace, coverage of 95% intervals, the spread."""
+    objective, theta, groups = network(batches)
+    geometry = Groupwise(groups) if relative else Euclidean(1.0)
+    exact = float(dense(objective, theta, geometry).trace())
+    measure, sampling = hessian_trace(geometry=geometry, draws=8), bnsharp.Sampling(deflate=6)
+    repetitions = 200 if batches == 1 else 40
+    found = [measure(objective, theta, torch.Generator().manual_seed(i), sampling) for i in range(repetitions)]
+    values = torch.tensor([f.value for f in found], dtype=torch.float64)
+    spread = float(values.std())
+    assert abs(float(values.mean()) - exact) < 4 * spread / repetitions**0.5
+    inside = sum(f.interval[0] <= exact <= f.interval[1] for f in found) / repetitions
+    assert 0.88 <= inside <= 1.0
+    assert float(torch.tensor([f.stderr for f in found]).mean()) == pytest.approx(spread, rel=0.25)
+    plain = [measure(objective, theta, torch.Generator().manual_seed(i)).stderr for i in range(20)]
+    assert spread < 0.9 * sum(plain) / 20
+    assert found[0].evaluations["products"] == (14 if batches == 1 else 20) and found[0].draws == 8
+    assert (found[0].stderr_data is None) == (batches == 1)
+
+
+def test_a_basis_of_everything_gives_the_exact_trace() -> None:
+    objective, theta, _ = network()
+    matrix = dense(objective, theta, Euclidean(1.0))
+    found = hessian_trace(draws=2)(objective, theta, sampling=bnsharp.Sampling(deflate=P.numel(theta) + 5))
+    assert found.value == pytest.approx(float(matrix.trace()), rel=1e-8)
+    assert found.stderr <= 1e-8 * found.value
+
+
+def test_errors_over_batches_see_the_exact_part() -> None:
+    """With a basis of everything, the standard error over batches is that of the exact traces of the batches."""
+    objective, theta, _ = network(3)
+    parts = []
+    for batch in objective.batches:
+        one = bnsharp.Objective(objective.module, F.cross_entropy, batch)
+        parts.append(float(dense(one, theta, Euclidean(1.0)).trace()))
+    expected = float(torch.tensor(parts).std() / 3**0.5)
+    found = hessian_trace(draws=2)(objective, theta, sampling=bnsharp.Sampling(deflate=P.numel(theta)))
+    assert found.value == pytest.approx(sum(parts) / 3, rel=1e-6)
+    assert found.stderr_data == pytest.approx(expected, rel=1e-6)
+
+
+def test_deflation_is_for_traces() -> None:
+    objective, theta, _ = network()
+    for measure in (bnsharp.measures.gaussian(draws=2), hessian_top(), bnsharp.measures.fisher_rao()):
+        with pytest.raises(InputError, match="expected a trace"):
+            measure(objective, theta, sampling=bnsharp.Sampling(deflate=3))
+    with pytest.raises(InputError, match="deflate"):
+        bnsharp.Sampling(deflate=-1)
+
+
+def test_float32_traces_are_checked_against_float64() -> None:
+    objective, theta, _ = network()
+    exact = hessian_trace(draws=8)(objective, theta, sampling=bnsharp.Sampling(deflate=6))
+    low = P.pmap(Tensor.float, theta)
+    found = hessian_trace(draws=8)(objective, low, sampling=bnsharp.Sampling(deflate=6))
+    assert found.precision == "float32" and found.value == pytest.approx(exact.value, rel=1e-3)
+    assert 0 < found.error < 1e-3 * found.value
+
+
+# ---------------------------------------------------------------- largest eigenvalues
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1.0])
+def test_an_eigenvector_orthogonal_to_the_gradient_is_found(tilt: float) -> None:
+    """The gradient lies in an invariant subspace without the largest eigenvalue; a gradient of zero does no harm."""
+    diagonal = torch.cat([torch.linspace(0, 1, 30, dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64)])
+    theta = P.make({"w": torch.cat([tilt * torch.ones(30), torch.zeros(1)]).double()})
+    found = hessian_top()(lambda q: 0.5 * (diagonal * q["w"] ** 2).sum(), theta)
+    assert found.value == pytest.approx(5.0, rel=1e-6)
+    assert found.upper is not None and 5.0 - 1e-9 <= found.upper <= 5.01
+
+
+def test_largest_eigenvalue_spends_no_product_twice() -> None:
+    objective, theta, _ = network()
+    values = torch.linalg.eigvalsh(dense(objective, theta, Euclidean(1.0)))
+    found = hessian_top(iterations=5, tolerance=1e-12, certify=0)(objective, theta)
+    assert found.evaluations == {"gradients": 0, "losses": 0, "products": 5}
+    assert found.value <= float(values[-1]) + 1e-12
+    assert found.value == pytest.approx(float(Curvature()(objective, theta, [found.direction])[0].detach()), rel=1e-9)
+    several, theta, _ = network(3)
+    found, exact = hessian_top(tolerance=1e-8)(several, theta), dense(several, theta, Euclidean(1.0))
+    assert found.value == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]), rel=1e-9)
+    assert found.stderr_data is not None
