@@ -85,6 +85,8 @@ def mebibytes(value: float) -> str:
 
 
 SECONDS = Quantity("time", lambda run, device: CLOCKS[device.type](run), seconds)
+STATED = Quantity("time stated", lambda run, device: float(run()), seconds)
+"""Seconds that the call returns: of a part of what it does."""
 PEAK = Quantity("peak memory", lambda run, device: float(peak_bytes(run, device)), mebibytes, warm=False)
 
 
