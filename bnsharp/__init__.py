@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         schedules,
         spectrum,
         testing,
+        together,
         transformations,
     )
     from bnsharp.errors import DivergedError, InputError
@@ -64,14 +65,15 @@ _HOME = {
 _MODULES = (
     "algorithms", "averages", "composites", "data", "directions", "distributed", "geometry", "laws", "maps",
     "measures", "models", "pacbayes", "profiles", "reduce", "regularizers", "schedules", "spectrum", "testing",
-    "transformations",
+    "together", "transformations",
 )
 
 __all__ = [
     "DivergedError", "Engine", "Estimate", "Group", "InputError", "Measure", "Objective", "Sampling", "ScaleGroups",
     "Step", "Trainer", "algorithms", "averages", "backward", "composites", "data", "directions", "distributed",
     "exact_norms", "geometry", "laws", "maps", "measures", "models", "pacbayes", "parameters", "profiles", "reduce",
-    "regularizers", "scale_groups", "schedules", "spectrum", "testing", "transformations",
+    "regularizers", "scale_groups", "schedules", "spectrum", "testing", "together",
+    "transformations",
 ]
 
 

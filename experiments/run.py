@@ -235,8 +235,8 @@ def train(
     """
     check_ranks(config, ranks)
     if config.together > 1:
-        raise InputError(f"together={config.together} in a single run; expected several seeds: bnsharp train --seeds "
-                         f"{config.together}, or bnsharp.experiments.together")
+        raise InputError(f"together={config.together} in a single run; expected together=1, or several seeds by "
+                         "bnsharp compare --together or bnsharp.experiments.together.train_together")
     folder, threads = RunFolder(Path(out)), config.threads
     if threads is None and resume:  # the same bytes as without the interruption
         threads = ranks.from_first(lambda: folder.config().get("threads") if folder.exists() else None)
