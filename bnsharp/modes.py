@@ -7,7 +7,7 @@ only being measured. Every change is undone in a ``finally``, in reverse order, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import checkpoint as checkpointing
 
 from bnsharp.errors import InputError
 from bnsharp.params import unwrap
@@ -64,7 +65,7 @@ class Undo:
 def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
     """Measure with the module: nothing random, nothing updated.
 
-    The root and all submodules are in eval mode. With ``"batch"``, the modules that own a ``running_mean`` are in
+    The root and all submodules are in eval mode, and checkpointed layers keep their activations. With ``"batch"``, the modules that own a ``running_mean`` are in
     train mode with their tracking switched off: they normalize with the statistics of the batch. With
     ``"running"`` they normalize with their running statistics.
 
@@ -75,6 +76,7 @@ def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
         raise InputError(f'statistics={statistics!r}; expected "batch" or "running"')
     undo = Undo()
     try:
+        _keep_activations(undo)
         for m in unwrap(module).modules():
             owner = owns_statistics(m)
             undo.train(m, owner and statistics == "batch")
@@ -86,6 +88,43 @@ def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
         yield
     finally:
         undo.undo()
+
+
+@contextmanager
+def kept_activations() -> Iterator[None]:
+    """Checkpointed layers keep their activations.
+
+    They would repeat their forward pass inside the backward pass, when the module has other parameters and modes again,
+    and give the derivatives of another function without a word.
+    """
+    undo = Undo()
+    try:
+        _keep_activations(undo)
+        yield
+    finally:
+        undo.undo()
+
+
+def _keep_activations(undo: Undo) -> None:
+    """``torch.utils.checkpoint.checkpoint``, by whatever name it was imported, calls its function and no more."""
+    names = vars(checkpointing)
+    undo.put(names, "CheckpointFunction", _Direct)
+    for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
+        if name in names:  # by version of PyTorch
+            undo.put(names, name, _nothing_around)
+
+
+class _Direct:
+    """In the place of the reentrant checkpoint's function."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In the place of what the other checkpoint does before and after its function."""
+    yield
 
 
 @contextmanager

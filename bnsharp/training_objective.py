@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from bnsharp import params as P
 from bnsharp.distributed import SINGLE, Ranks
 from bnsharp.errors import InputError
 from bnsharp.evaluation import AbstractObjective, Engine, is_transformed
-from bnsharp.modes import Undo, freeze, hold, spare
+from bnsharp.modes import Undo, freeze, hold, kept_activations, spare
 from bnsharp.objective import ModuleObjective, arguments, batch_size
 from bnsharp.passes import Draws, PassOverflow, Scaled, detached, has_node, is_finite, joined
 from bnsharp.structure import Structure
@@ -151,7 +151,7 @@ class TrainingObjective(ModuleObjective):
     @contextmanager
     def _session(self) -> Iterator[None]:
         """What an evaluation has put into the module stays until the next one, or the end."""
-        with synchronised(self.module, self.ranks):
+        with synchronised(self.module, self.ranks), nullcontext() if self._once else kept_activations():
             self._held = held = Undo()
             try:
                 yield

@@ -26,8 +26,10 @@ from helpers import (
     snapshot,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+import bnsharp
 from bnsharp import Engine, Objective, parameters
 from bnsharp import params as P
 from bnsharp.errors import InputError
@@ -618,3 +620,45 @@ def test_a_home_made_normalization_is_measured_with_the_statistics_asked_for(sta
     objective.value_and_grad(params)
     objective.hessian(params)(params)
     assert_same(before, snapshot(net))
+
+
+class Checkpointed(nn.Module):
+    """A network whose hidden layer is checkpointed in one of PyTorch's two ways, or not at all."""
+
+    def __init__(self, reentrant: bool | None):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.reentrant = reentrant
+
+    def hidden(self, x):
+        return torch.tanh(self.norm(self.first(x)))
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.last(self.hidden(x))
+        return self.last(checkpoint(self.hidden, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_are_measured_at_the_point_asked_for(reentrant):
+    torch.manual_seed(0)
+    plain, other = Checkpointed(None).double(), Checkpointed(reentrant).double()
+    other.load_state_dict(plain.state_dict())
+    before = copy.deepcopy(other.state_dict())
+    x, y = torch.randn(16, 5, dtype=torch.float64), torch.randint(3, (16,))
+    theta = P.pmap(lambda p: p + 0.3 * torch.randn_like(p), bnsharp.parameters(plain))
+    v = P.pmap(torch.randn_like, theta)
+    a, b = (bnsharp.Objective(m, nn.functional.cross_entropy, (x, y)) for m in (plain, other))
+    pairs = [
+        (a.value_and_grad(theta)[1], b.value_and_grad(theta)[1]),
+        (a.hessian(theta)(v), b.hessian(theta)(v)),
+        (a.many_value_and_grad([theta, v])[1], b.many_value_and_grad([theta, v])[1]),
+    ]
+    for expected, got in pairs:
+        assert all(torch.equal(expected[k], got[k]) for k in expected.keys())
+    norm = bnsharp.measures.fisher_rao()
+    assert norm(a, theta).value == norm(b, theta).value
+    assert all(torch.equal(before[k], t) for k, t in other.state_dict().items())
+    other.train()
+    other(x.requires_grad_()).sum().backward()  # and they are checkpointed again
+    assert other.first.weight.grad is not None
