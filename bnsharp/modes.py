@@ -65,9 +65,9 @@ class Undo:
 def measuring(module: nn.Module, statistics: str = "batch") -> Iterator[None]:
     """Measure with the module: nothing random, nothing updated.
 
-    The root and all submodules are in eval mode, and checkpointed layers keep their activations. With ``"batch"``, the modules that own a ``running_mean`` are in
-    train mode with their tracking switched off: they normalize with the statistics of the batch. With
-    ``"running"`` they normalize with their running statistics.
+    The root and all submodules are in eval mode, and checkpointed layers keep their activations. With ``"batch"``, the
+    modules that own a ``running_mean`` are in train mode with their tracking switched off: they normalize with the
+    statistics of the batch. With ``"running"`` they normalize with their running statistics.
 
     Raises:
         InputError: if ``statistics`` is neither.

@@ -262,7 +262,7 @@ def dot(x: Params, y: Params) -> Tensor:
     return torch.stack([v.reshape(*v.shape[:lead], -1).sum(-1) for v in product.values()]).sum(0)
 
 
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+def total_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all coordinates together, not differentiable; on one device."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 

@@ -130,7 +130,7 @@ class Partition:
         """Per-group values ``[*, K]`` as tensors that broadcast against each parameter (0 outside every group)."""
         lead, own = tuple(values.shape[:-1]), len(like.batch_size)
         shapes = {name: v.shape[own:] for name, v in like.items()}
-        out: dict[str, Tensor] = dict.fromkeys(shapes)  # type: ignore[arg-type]
+        out: dict[str, Tensor] = {}
         parts = values.split_with_sizes(self._sizes, -1) if self.groups else ()
         for group, value in zip(self.groups, parts, strict=True):
             for name in group.members:
@@ -141,10 +141,10 @@ class Partition:
                 if shape and 1 < group.blocks < shape[0]:
                     each = value.repeat_interleave(shape[0] // group.blocks, dim=-1)
                 out[name] = each.reshape((*lead, *(each.shape[-1:] if shape else ()), *[1] * (len(shape) - 1)))
-        for name, v in out.items():
-            if v is None:
-                out[name] = values.new_zeros((*lead, *[1] * len(shapes[name])))
-        return P.make(out, lead)
+        for name, shape in shapes.items():
+            if name not in out:
+                out[name] = values.new_zeros((*lead, *[1] * len(shape)))
+        return P.make({name: out[name] for name in shapes}, lead)
 
     def scale(self, x: Params, values: Tensor) -> Params:
         """``values_i · x_i`` per group."""

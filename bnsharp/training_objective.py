@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ class TrainingObjective(ModuleObjective):
                 held.undo()
                 self._held = None
 
-    def _evaluate(self, params: Params | dict[str, Tensor]) -> Tensor:
+    def _evaluate(self, params: Params) -> Tensor:
         loss = self._forward(params, lambda: self._loss(params, self.x, self.y, self._keep))
         if self._loss_kept is None:
             self._loss_kept = loss.detach()
@@ -241,7 +241,7 @@ class TrainingObjective(ModuleObjective):
         with self._first_derivatives():
             self._held = held = Undo()  # one batch in one process: nothing to average or to synchronise
             try:
-                value, gradient = self._finite(self._at(self._evaluate, params))
+                value, gradient = self._finite(self._at(self._evaluate, params, bare=True))
             finally:
                 held.undo()
                 self._held = None
@@ -252,17 +252,20 @@ class TrainingObjective(ModuleObjective):
     def _value_and_grad(self, fn: LossFunction, params: Params) -> tuple[Tensor, Params]:
         if not self._once or is_transformed(params):
             return super()._value_and_grad(fn, params)
-        return self._at(lambda leaves: fn(P.make(leaves)), params)
+        return self._at(fn, params)
 
-    def _at(self, fn: Callable[[dict[str, Tensor]], Tensor], params: Params) -> tuple[Tensor, Params]:
-        """Loss and gradient: leaves that the loss does not reach get zeros, the others' names go into ``used``."""
+    def _at(self, fn: LossFunction, params: Params, bare: bool = False) -> tuple[Tensor, Params]:
+        """Loss and gradient: leaves that the loss does not reach get zeros, the others' names go into ``used``.
+
+        ``bare``: the function takes a dictionary as well.
+        """
         parameters = self.structure.parameters
         if params is self._own and not any(parameters[k]._backward_hooks for k in params.keys()):
             leaves: dict[str, Tensor] = {k: parameters[k] for k in params.keys()}
         else:  # also where hooks on a parameter would change this gradient and not those at other points
             leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
         with torch.enable_grad():
-            value = fn(leaves)
+            value = fn(cast(Params, leaves) if bare else P.make(leaves))
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         reached = dict(zip(leaves, grads, strict=True))
         missed = [k for k, g in reached.items() if g is None]
