@@ -30,11 +30,6 @@ class Group:
     members: tuple[str, ...]
     blocks: int
 
-    @property
-    def is_tensor(self) -> bool:
-        """Whether it is one whole parameter."""
-        return self.blocks == 1 and len(self.members) == 1
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -101,25 +96,26 @@ class Partition:
 
     def _plain_norms(self, values: Mapping[str, Tensor]) -> Tensor:
         """:meth:`norms` at one point without derivatives: whole tensors share one operation."""
-        whole = [values[group.members[0]] for group in self.groups if group.is_tensor]
-        totals = iter(torch.stack(torch._foreach_norm(whole)).split(self._runs) if whole else ())
+        whole = [values[name] for group in self.groups if group.blocks == 1 for name in group.members]
+        totals, done = torch.stack(torch._foreach_norm(whole)) if whole else None, 0
         out: list[Tensor] = []
-        inside = False
-        for group in self.groups:
-            if group.is_tensor:
-                if not inside:
-                    out.append(next(totals))
-                inside = True
+        for is_whole, groups in self._runs:
+            if is_whole and totals is not None:
+                sizes = [len(group.members) for group in groups]
+                own, done = totals[done : done + sum(sizes)], done + sum(sizes)
+                if max(sizes) > 1:
+                    own = torch.stack([torch.linalg.vector_norm(part) for part in own.split_with_sizes(sizes)])
+                out.append(own)
                 continue
-            inside = False
-            parts = [_block_norms(values[name], group.blocks) for name in group.members]
-            out.append(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0))
+            for group in groups:
+                parts = [_block_norms(values[name], group.blocks) for name in group.members]
+                out.append(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0))
         return out[0] if len(out) == 1 else torch.cat(out)
 
     @cached_property
-    def _runs(self) -> list[int]:
-        """Lengths of the stretches of groups that are one whole tensor each."""
-        return [len(list(run)) for is_tensor, run in groupby(group.is_tensor for group in self.groups) if is_tensor]
+    def _runs(self) -> list[tuple[bool, list[Group]]]:
+        """Stretches of groups whose members are whole tensors, or parts of them."""
+        return [(is_whole, list(run)) for is_whole, run in groupby(self.groups, lambda group: group.blocks == 1)]
 
     def sizes(self, like: Params) -> Tensor:
         """``d_i``, the number of coordinates of each group: ``[K]``."""
@@ -135,8 +131,8 @@ class Partition:
         for group, value in zip(self.groups, parts, strict=True):
             for name in group.members:
                 shape, each = shapes[name], value
-                if len(shape) == 1 and group.blocks in (1, shape[0]):
-                    out[name] = each
+                if (group.blocks == 1 and shape and not lead) or (len(shape) == 1 and group.blocks in (1, shape[0])):
+                    out[name] = each  # [1] broadcasts against any tensor
                     continue
                 if shape and 1 < group.blocks < shape[0]:
                     each = value.repeat_interleave(shape[0] // group.blocks, dim=-1)
