@@ -157,7 +157,8 @@ def drawn(
     An epoch that was interrupted is drawn again from its random states; batches that come out otherwise are a
     :class:`bnsharp.errors.Notice`.
     """
-    now, taken = run.random(), run.sums.steps
+    taken = run.sums.steps
+    now = run.random() if taken else {}
     if taken and run.start is not None:
         run.set_random(run.start)
     else:

@@ -21,7 +21,7 @@ def capture(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, torch.tensor(words), gauss],
+        "python": [version, torch.from_numpy(np.array(words, dtype=np.int64)), gauss],
         "numpy": [kind, torch.tensor(np.asarray(keys, dtype=np.int64)), *rest],
     }
 

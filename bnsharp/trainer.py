@@ -289,6 +289,9 @@ class Trainer:
     def _observe(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
         """Evaluations, averages and trackers; what they draw does not reach training."""
         run = self._run
+        if not (self.evaluations or self.trackers):
+            timing["evaluation_seconds"] = 0.0
+            return
         with randomness.undisturbed(run.device):
             timing["evaluation_seconds"] = evaluated(
                 self.module, self.evaluations, self.averages, run.averages, record
