@@ -21,6 +21,7 @@ import bnsharp
 from bnsharp import params as P
 from bnsharp.errors import InputError
 from bnsharp.regularizers import Chunked, Penalty, Plain, Smoothing, msam, sam
+from bnsharp.structure import Structure
 from bnsharp.types import Step
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -902,3 +903,30 @@ def test_parameters_made_in_inference_mode_are_one_line() -> None:
         with pytest.raises(InputError, match="inference_mode") as error:
             take(net, sam(), batch=examples(8))
     one_line(error.value)
+
+
+# ------------------------------------------------------------ what a loop of many steps hands in
+
+
+def test_a_shared_gradient_is_the_steps_own_tensor() -> None:
+    net, batch = generic(bn_mlp().double()), examples(16, dtype=torch.float64)
+    structure = Structure(net)
+    for share in (False, True):
+        net.zero_grad(set_to_none=True)
+        step = bnsharp.backward(net, cross_entropy, batch, sam(rho=0.1), share_gradient=share, structure=structure)
+        for name, p in net.named_parameters():
+            assert p.grad is not None and torch.equal(p.grad, step.gradient[name])
+            assert (p.grad.data_ptr() == step.gradient[name].data_ptr()) is share
+    before = grads(net).clone()
+    step = bnsharp.backward(net, cross_entropy, batch, sam(rho=0.1), share_gradient=True, structure=structure)
+    torch.testing.assert_close(grads(net), before + flat(step.gradient), rtol=1e-12, atol=0)
+
+
+def test_a_structure_knows_tied_weights_and_owners() -> None:
+    structure = Structure(tied())
+    assert list(structure.parameters) == [name for name, _ in tied().named_parameters()]
+    assert max(len(structure.places(name)) for name in structure.parameters) == 2
+    assert structure.places("nothing") == []
+    assert [type(m) for m in Structure(generic(bn_mlp())).owners] == [
+        type(m) for m in bn_mlp().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
