@@ -130,12 +130,6 @@ def xtrace(operator: Any, budget: int) -> Any:
     return xtrace(operator, budget // 2 * 2)
 
 
-def curvlinops_hutchpp(operator: Any, budget: int) -> Any:
-    from curvlinops.trace.meyer2020hutch import hutchpp_trace
-
-    return hutchpp_trace(operator, budget // 3 * 3)
-
-
 def eigenthings_hutchpp(operator: Any, budget: int, seed: int) -> float:
     from hessian_eigenthings.algorithms.trace import trace
 
@@ -220,9 +214,6 @@ TRACES: dict[str, Method] = {
     "ours": Method("bnsharp", None, our_trace),
     "PyHessian, Hutchinson": Method("pyhessian", None, partial(pyhessian_own, "trace")),
     "curvlinops, XTrace": Method("curvlinops", exact(xtrace), partial(curvlinops_own, exact(xtrace))),
-    "curvlinops, Hutch++": Method(
-        "curvlinops", exact(curvlinops_hutchpp), partial(curvlinops_own, exact(curvlinops_hutchpp))
-    ),
     "hessian-eigenthings, Hutch++": Method(
         "hessian_eigenthings", eigenthings_hutchpp, partial(eigenthings_own, eigenthings_hutchpp)
     ),
@@ -309,7 +300,12 @@ def budget_of(method: Method, problem: Problem, exact_value: float, error: float
         run = partial(method.estimate, Products(problem.objective(), bnsharp.parameters(problem.module)))
 
     def passes(budget: int) -> bool:
-        errors = [abs(run(budget, seed) / exact_value - 1) for seed in range(SEEDS)]
+        errors: list[float] = []
+        for seed in range(SEEDS):
+            errors.append(abs(run(budget, seed) / exact_value - 1))
+            good = sum(e <= error for e in errors)
+            if max(good, len(errors) - good) > SEEDS // 2:  # the median's side is known
+                return good > SEEDS // 2
         return statistics.median(errors) <= error
 
     return smallest(passes, grid, 1 if grid is STEPS else 6)
