@@ -334,8 +334,10 @@ class Lanczos(Fixed):
         return self.iterations + 1
 
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
-        def apply(q: Params) -> Params:
+        def by_gradient(q: Params) -> Params:
             return P.scaled(P.pick(score(P.batch(q)).gradient, 0), 0.5)
+
+        apply = getattr(score, "image", by_gradient)
 
         start, slope = Sphere()(frame.ball, frame.like, generator), score.slope()
         start = P.combine(1.0, start, P.safe_reciprocal(P.norm(slope)), slope)

@@ -124,6 +124,10 @@ class Profile(ABC):
         Memory does not grow with the number of points on a line.
         """
 
+    def image(self, anchor: Anchor, v: Params) -> Params:
+        """``A v`` for a form ``vᵀAv``: half of its derivative."""
+        return P.scaled(P.pick(self.differentiate(anchor, P.batch(v))[2], 0), 0.5)
+
     def prepare(self, anchor: Anchor) -> None:
         """Before a search: evaluate at the anchor what all of its scores need and its start can use."""
         return
@@ -339,6 +343,9 @@ class Curvature(Profile):
 
     def prepare(self, anchor: Anchor) -> None:
         anchor.has_graph()
+
+    def image(self, anchor: Anchor, v: Params) -> Params:
+        return anchor.hessian(v)
 
     def expansion(self, anchor: Anchor) -> tuple[float, float]:
         return 0.0, 1.0

@@ -27,6 +27,10 @@ class ExactScore:
     def slope(self) -> Params:
         return self.frame.pull(self.anchor.gradient) if self._slope is None else self._slope
 
+    def image(self, u: Params) -> Params:
+        """``M u`` where the score is a form ``uᵀMu``, without its value and errors."""
+        return self.frame.pull(self.profile.image(self.anchor, self.frame.place(u)))
+
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """Scores; ``last`` leaves out ``∂/∂u``, which no step needs any more."""
         v = self.frame.place(u)
@@ -61,9 +65,19 @@ class SecantScore:
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
         """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``."""
+        if P.count(u) == 1:
+            return self._single(P.pick(u, 0), last)
         losses, grads = self.anchor.objective.many_value_and_grad(self.frame.points(u, self.delta))
         f = losses - self.anchor.loss
         sign = self._sign(f)
         slope = self.kappa * sign
         d_u = None if last else P.times(self.delta * slope, self.frame.pull(grads))
         return Scored(slope * f, d_u, P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),)))
+
+    def _single(self, u: Params, last: bool) -> Scored:
+        """:meth:`__call__` for one direction, as a batch of one."""
+        f, sign, gradient = self.at(u)
+        slope = self.kappa * sign
+        d_u = None if last else P.batch(P.scaled(self.frame.pull(gradient), self.delta * slope))
+        extra = {"rise": f.unsqueeze(0), "sign": sign.unsqueeze(0), "gradient": P.batch(gradient)}
+        return Scored((slope * f).unsqueeze(0), d_u, P.make(extra, (1,)))
