@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,7 +76,8 @@ def backward(
         directions: ``"synchronised"``: the step of the whole batch, with its batch statistics, as one process would
             take; ``"local"``: each rank a step on its part, averaged (m-SAM).
         share_gradient: where ``.grad`` is None and ``scale`` 1, it becomes the very tensor in the step returned: no
-            copy is made, and what then changes ``.grad`` in place (clipping) changes the step's gradient.
+            copy is made, and what then changes ``.grad`` in place (clipping) changes the step's gradient. A gradient
+            in the memory of another, of a parameter or of the state is copied all the same.
         structure: ``Structure(module)``, made once by a loop that neither adds nor replaces submodules or parameters.
 
     Returns:
@@ -119,7 +120,8 @@ def backward(
         elif local:
             step = average(step, ranks, float(first.batch_size))
         reached = set(params.keys()) if ranks.count > 1 else {name for o in objectives for name in o.used}
-        _add(owned, step.gradient, scale if grad_scale is None else scale * grad_scale, reached, share_gradient)
+        taken = _storages(step.state, params) if share_gradient else None
+        _add(owned, step.gradient, scale if grad_scale is None else scale * grad_scale, reached, taken)
     return replace(step, output=first.output, plain=None)  # one gradient less to hold
 
 
@@ -189,17 +191,36 @@ def _overflowed(objectives: list[TrainingObjective], params: Params, state: Stat
     return Step(nothing if loss is None else loss, nothing, gradient, spent, state, nothing)
 
 
+def _storages(*tensors: Mapping[str, Tensor] | Params) -> set[int]:
+    """Where these tensors' memory begins."""
+    return {t.untyped_storage().data_ptr() for some in tensors for t in some.values()}
+
+
+def _is_apart(tensor: Tensor, taken: set[int]) -> bool:
+    """Whether changing a tensor in place changes nothing else: autograd gives ``p + q`` one gradient for both, and sums
+    one number for all elements. Its memory is then taken."""
+    storage = tensor.untyped_storage().data_ptr()
+    if storage in taken or 0 in tensor.stride():
+        return False
+    taken.add(storage)
+    return True
+
+
 def _add(
-    owned: Sequence[tuple[str, nn.Parameter]], gradient: Params, factor: float | Tensor, reached: set[str], share: bool
+    owned: Sequence[tuple[str, nn.Parameter]], gradient: Params, factor: float | Tensor, reached: set[str],
+    taken: set[int] | None,
 ) -> None:
-    """Add ``factor·gradient`` to ``.grad``; a parameter without a gradient in any pass is left alone."""
+    """Add ``factor·gradient`` to ``.grad``; a parameter without a gradient in any pass is left alone.
+
+    ``taken``: storages that no ``.grad`` may share; None where none shares that of a gradient.
+    """
     for name, parameter in owned:
         if name not in reached and not bool(gradient[name].any()):
             continue
         update = gradient[name]
         if not (isinstance(factor, float) and factor == 1.0):
             update = factor * update
-        elif parameter.grad is None and not share:
+        elif parameter.grad is None and (taken is None or not _is_apart(update, taken)):
             update = update.clone()  # the step returned has the gradient as it is
         if parameter.grad is None:
             parameter.grad = update

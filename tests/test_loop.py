@@ -930,3 +930,47 @@ def test_a_structure_knows_tied_weights_and_owners() -> None:
     assert [type(m) for m in Structure(generic(bn_mlp())).owners] == [
         type(m) for m in bn_mlp().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     ]
+
+
+class SummedShifts(nn.Module):
+    """Autograd gives ``p`` and ``q`` one gradient tensor, and ``r`` one number for all of its elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.q, self.r = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3))
+        self.last = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + (self.p + self.q)) * self.r.sum()
+
+
+@dataclass(frozen=True)
+class Remembering(Plain):
+    """Keeps the last gradient as its state, and descends that very tensor."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Step:
+        step = super().step(*args, **kwargs)
+        return Step(*(getattr(step, k) for k in ("loss", "penalty", "gradient", "evaluations")),
+                    dict(step.gradient.items()), step.ratio)
+
+
+def test_shared_gradients_may_be_changed_in_place() -> None:
+    x, y = torch.randn(5, 3, generator=seeded(), dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    torch.manual_seed(0)
+    net = SummedShifts()
+    cross_entropy(net(x), y).backward()
+    wanted = 1e-3 * grads(net) / grads(net).norm()
+    net.zero_grad()
+    step = bnsharp.backward(net, cross_entropy, (x, y), Plain(), share_gradient=True)
+    assert net.last.weight.grad is step.gradient["last.weight"]
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    assert torch.allclose(grads(net), wanted, rtol=1e-4, atol=0)
+
+
+def test_a_state_that_is_the_gradient_is_not_changed_with_it() -> None:
+    net = generic(bn_mlp().double())
+    step = bnsharp.backward(net, cross_entropy, examples(16, dtype=torch.float64), Remembering(), share_gradient=True)
+    before = {k: v.clone() for k, v in step.state.items()}
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    assert all(torch.equal(v, before[k]) and v.any() for k, v in step.state.items())
+    assert grads(net).norm() < 2e-3
