@@ -183,7 +183,7 @@ def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Param
     """``a x + b y``."""
     if isinstance(a, float) and a == 1.0:
         return shift(x, y, b)
-    if isinstance(a, float) and isinstance(b, float) and together(x, y):
+    if isinstance(a, float) and isinstance(b, float) and x.batch_size == y.batch_size and together(x, y):
         ax = foreach(lambda p: torch._foreach_mul(p, a), x)
         torch._foreach_add_(list(ax.values()), [y[k] for k in x.keys()], alpha=b)
         return ax
@@ -192,7 +192,7 @@ def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Param
 
 def times_difference(c: Tensor, x: Params, y: Params) -> Params:
     """``c (x − y)`` for a scalar c."""
-    if together(x, y):
+    if x.batch_size == y.batch_size and together(x, y):
         difference = foreach(torch._foreach_sub, x, y)
         torch._foreach_mul_(list(difference.values()), c)
         return difference
@@ -227,17 +227,16 @@ def where(condition: Tensor, x: Any, y: Any) -> Any:
 
 
 def together(*params: Params) -> bool:
-    """Whether single points, plain tensors (:func:`is_plain`), may share operations over all their tensors."""
-    return not transforming() and not any(
-        p.batch_size or any(v.requires_grad for v in p.values()) for p in params
-    )
+    """Whether plain tensors (:func:`is_plain`) may share operations over all their tensors."""
+    return not transforming() and not any(v.requires_grad for p in params for v in p.values())
 
 
 def foreach(operation: Callable[..., Any], *params: Params) -> Params:
     """``operation`` on lists of tensors, in the order of the first one's names."""
     first_one, names = params[0], list(params[0].keys())
     lists = [list(first_one.values()), *([p[k] for k in names] for p in params[1:])]
-    return make(dict(zip(names, operation(*lists), strict=True)))
+    size = max((p.batch_size for p in params), key=len)
+    return make(dict(zip(names, operation(*lists), strict=True)), size)
 
 
 def transforming() -> bool:

@@ -88,8 +88,9 @@ class Partition:
 
     def norms(self, x: Params) -> Tensor:
         """``‖x_i‖`` per group, with zero gradient at zero: ``[*, K]``."""
-        if not x.batch_size and self.groups and P.is_plain(list(x.values())):
-            return self._plain_norms(dict(x.items()))
+        if x.batch_size in ((), (1,)) and self.groups and P.is_plain(list(x.values())):
+            norms = self._plain_norms({k: v[0] for k, v in x.items()} if x.batch_size else dict(x.items()))
+            return norms.unsqueeze(0) if x.batch_size else norms
         return self._gather(
             x, lambda v: torch.linalg.vector_norm(v, dim=-1), lambda v: torch.linalg.vector_norm(v, dim=0)
         )
