@@ -41,7 +41,8 @@ class Undo:
         self._flags: list[tuple[nn.Module, bool]] = []
 
     def put(self, store: MutableMapping[Any, Any], key: Any, value: Any) -> None:
-        self._entries.append((store, key, store.get(key, _MISSING)))
+        # a scripted module's dictionaries have no get
+        self._entries.append((store, key, store[key] if key in store else _MISSING))  # noqa: SIM401
         store[key] = value
 
     def train(self, module: nn.Module, mode: bool) -> None:
@@ -150,7 +151,7 @@ def spare(owners: Iterable[nn.Module], undo: Undo) -> None:
     these."""
     for m in owners:
         buffers = m._buffers
-        if m.training and buffers.get("running_mean") is not None:
+        if m.training and "running_mean" in buffers and buffers["running_mean"] is not None:
             for name, b in buffers.items():
                 if b is not None:
                     undo.put(buffers, name, b.clone())

@@ -974,3 +974,21 @@ def test_a_state_that_is_the_gradient_is_not_changed_with_it() -> None:
     nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
     assert all(torch.equal(v, before[k]) and v.any() for k, v in step.state.items())
     assert grads(net).norm() < 2e-3
+
+
+def test_scripted_layers_are_measured_and_trained_as_others_are() -> None:
+    def made(layers: Callable[..., Any]) -> nn.Module:
+        torch.manual_seed(0)
+        first = layers(nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8)).double())
+        return nn.Sequential(first, nn.ReLU(), nn.Linear(8, 3).double())
+
+    x, y = torch.randn(16, 12, generator=seeded(), dtype=torch.float64), torch.arange(16) % 3
+    plain, scripted = made(lambda layers: layers), made(torch.jit.script)
+    values = []
+    for net in (plain, scripted):
+        step = bnsharp.backward(net, cross_entropy, (x, y), sam(rho=0.1))
+        theta = P.scaled(bnsharp.parameters(net), 1.5)
+        values.append([flat(step.gradient), grads(net), bnsharp.Objective(net, cross_entropy, (x, y))(theta),
+                       *(b.double() for b in net.buffers())])
+    torch.testing.assert_close(values[1], values[0], rtol=1e-10, atol=1e-12)
+    assert all(isinstance(p, nn.Parameter) for p in scripted.parameters())
