@@ -79,5 +79,5 @@ class SecantScore:
         f, sign, gradient = self.at(u)
         slope = self.kappa * sign
         d_u = None if last else P.batch(P.scaled(self.frame.pull(gradient), self.delta * slope))
-        extra = {"rise": f.unsqueeze(0), "sign": sign.unsqueeze(0), "gradient": P.batch(gradient)}
+        extra: dict[str, Any] = {"rise": f.unsqueeze(0), "sign": sign.unsqueeze(0), "gradient": P.batch(gradient)}
         return Scored((slope * f).unsqueeze(0), d_u, P.make(extra, (1,)))
