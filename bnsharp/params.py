@@ -262,7 +262,9 @@ def dot(x: Params, y: Params) -> Tensor:
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all coordinates together, not differentiable; on one device."""
+    """Euclidean norm of all coordinates together, 0 of none, not differentiable; on one device."""
+    if not tensors:
+        return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 

@@ -20,16 +20,12 @@ class Reduce(Protocol):
 
 def derivative(reduce: Reduce, values: Tensor) -> tuple[Tensor, Tensor]:
     """The reduced value and its derivative ``w [n]`` with respect to each value."""
-    if isinstance(reduce, _Linear) and len(values) == 1:
+    if type(reduce) in _OF_ONE_THE_SAME and len(values) == 1:  # a class derived from them may be another function
         return values[0], torch.ones_like(values)
     leaf = values.detach().requires_grad_()
     with torch.enable_grad():
         value = reduce(leaf)[0]
     return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-
-class _Linear:
-    """Of a single value it is that value."""
 
 
 def _mean_stderr(values: Tensor) -> Tensor:
@@ -41,7 +37,7 @@ def _mean_stderr(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mean(_Linear):
+class Mean:
     """``E f``."""
 
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +45,7 @@ class Mean(_Linear):
 
 
 @dataclass(frozen=True)
-class Maximum(_Linear):
+class Maximum:
     """``max f``: nothing is sampled, so the standard error is 0."""
 
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +75,7 @@ class PowerMean:
 
 
 @dataclass(frozen=True)
-class FreeEnergy(_Linear):
+class FreeEnergy:
     """``−(1/β) log E exp(−β f)``; effective sample size ``(Σ w)² / Σ w²``, ``w = exp(−β f)``."""
 
     beta: float = 1.0
@@ -94,3 +90,7 @@ class FreeEnergy(_Linear):
         weights = torch.softmax(logs.detach(), 0)
         relative = _mean_stderr(weights * n)
         return value, relative / self.beta, 1.0 / (weights**2).sum()
+
+
+_OF_ONE_THE_SAME: tuple[type, ...] = (Mean, Maximum, FreeEnergy)
+"""Reductions of which a single value is itself."""

@@ -267,3 +267,9 @@ def test_scalar_parameters_are_parameters():
     net.scale = nn.Parameter(torch.tensor(2.0))
     params = parameters(net)
     assert params["scale"].shape == () and float(P.norm(params)) == 2.0 and isinstance(P.first(params), Tensor)
+
+
+def test_norms_of_no_tensors_and_of_several_precisions():
+    assert float(P.total_norm([])) == 0.0
+    norm = P.total_norm([torch.full((4,), 2.0), torch.tensor(3.0, dtype=torch.float64), torch.zeros(0)])
+    assert norm.dtype == torch.float64 and float(norm) == 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import oracles
@@ -17,7 +18,7 @@ from strategies import Problem, problem, problems
 from torch import Tensor, nn
 
 import bnsharp
-from bnsharp import InputError, Objective, exact_norms
+from bnsharp import InputError, Objective, exact_norms, reduce
 from bnsharp import params as P
 from bnsharp.directions import Ascend
 from bnsharp.geometry import Euclidean
@@ -488,3 +489,25 @@ def test_line_in_a_fixed_ball() -> None:
     value, r = Penalty(measure).penalty(p.objective(), p.params)
     assert value.item() == pytest.approx(4 ** (-1 / 3) * float(p.loss(ahead) - p.loss(p.params)))
     torch.testing.assert_close(oracles.flatten(r), 4 ** (-1 / 3) * (oracles.gradient(p.loss, ahead) - g))
+
+
+@dataclass(frozen=True)
+class Doubled(reduce.Mean):
+    """Derived from a reduction and another function, of a single value too."""
+
+    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, stderr, size = super().__call__(values)
+        return 2 * value, 2 * stderr, size
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    "one", [reduce.Mean(), reduce.Maximum(), reduce.PowerMean(3.0), reduce.FreeEnergy(2.0), Doubled()]
+)
+def test_derivatives_of_reductions_against_differences(one: reduce.Reduce, n: int) -> None:
+    values, h = torch.tensor([0.3, -1.2, 0.9], dtype=torch.float64)[:n], 1e-6
+    value, w = reduce.derivative(one, values)
+    assert torch.equal(value, one(values)[0])
+    for i, e in enumerate(torch.eye(n, dtype=torch.float64)):
+        difference = (one(values + h * e)[0] - one(values - h * e)[0]) / (2 * h)
+        torch.testing.assert_close(w[i], difference, rtol=1e-6, atol=1e-8)
