@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from bnsharp import params as P
 from bnsharp import randomness
@@ -21,12 +23,16 @@ from bnsharp.trainer import Batch, Trainer
 from bnsharp.training_objective import TrainingObjective
 from bnsharp.types import Params
 
+SAMPLED = (*range(32), *(2**k for k in range(5, 21)))
+"""Steps at which schedules that are functions are compared."""
+
 
 def check_together(trainers: Sequence[Trainer]) -> None:
     """Raise :class:`InputError` unless these trainers can run together, as far as can be told without a batch.
 
     Asked for are: networks of one structure without random layers (:func:`bnsharp.stacked.check_stackable`), an
-    optimizer that treats coordinates alone, one process, no ``torch.compile``, equal settings but for the seed.
+    optimizer that treats coordinates alone, one process, no ``torch.compile``, equal settings but for the seed,
+    those of optimizer and schedule among them.
     """
     if not trainers:
         raise InputError("no trainer was given; expected at least one")
@@ -43,6 +49,50 @@ def check_together(trainers: Sequence[Trainer]) -> None:
             if ours != theirs:
                 raise InputError(f"{name}={theirs!r} and {ours!r} in trainers together; expected equal settings")
     check_stackable([t.module for t in trainers])
+    for trainer in trainers:
+        _check_descent(first, trainer)
+
+
+def _check_descent(first: Trainer, other: Trainer) -> None:
+    """The first run's optimizer and schedule act for all: the others' have to be the same."""
+    ours, theirs = _descent(first), _descent(other)
+    for name in [*ours, *(k for k in theirs if k not in ours)]:
+        a, b = ours.get(name), theirs.get(name)
+        if a != b:
+            shown = "" if name.startswith("schedule") else f" {a!r} and {b!r}"
+            raise InputError(f"{name}{shown} differ in trainers together; expected equal settings: train them one "
+                             "after the other")
+
+
+def _descent(trainer: Trainer) -> dict[str, Any]:
+    """What an optimizer and its schedule are, as values that can be compared."""
+    names = {id(p): k for k, p in P.trainable(trainer.module)}
+    found: dict[str, Any] = {"optimizers": type(trainer.optimizer).__name__}
+    for i, group in enumerate(trainer.optimizer.param_groups):
+        where = f"parameter group {i}: " if i else ""
+        for key, value in group.items():
+            if key != "params":
+                found[f"{where}{key}"] = value.tolist() if isinstance(value, Tensor) else value
+        found[f"{where}parameters"] = [names.get(id(p)) for p in group["params"]]
+        if None in found[f"{where}parameters"]:
+            raise InputError("an optimizer of parameters that its network lacks or holds fixed among seeds together; "
+                             "expected the network's own that require grad: train the seeds one after the other")
+    schedule = trainer.scheduler
+    found["schedules"] = type(schedule).__name__
+    settings = {k: v for k, v in schedule.state_dict().items() if not k.startswith("_")}
+    return found | {f"schedules ({k})": v for k, v in settings.items()} | {"schedules (factors)": _factors(schedule)}
+
+
+def _factors(schedule: LRScheduler) -> list[float | None]:
+    """Of a schedule that is a function its values at many steps, None where it has none."""
+    found: list[float | None] = []
+    for function in getattr(schedule, "lr_lambdas", ()):
+        for step in SAMPLED:
+            try:
+                found.append(float(function(step)))
+            except (ArithmeticError, LookupError, ValueError):  # a schedule that has ended
+                found.append(None)
+    return found
 
 
 def check_batches(trainers: Sequence[Trainer], batches: Sequence[Batch]) -> None:

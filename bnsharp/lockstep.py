@@ -14,6 +14,10 @@ Meet = Callable[[Mapping[int, Any]], Mapping[int, Any]]
 """``{place: request} -> {place: answer}`` of all functions that are waiting."""
 
 
+class _Closed(BaseException):
+    """Ends a function whose context was left."""
+
+
 class Lockstep:
     """``n`` threads of which one runs at a time, in order; open it as a context.
 
@@ -39,18 +43,22 @@ class Lockstep:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the threads; those that an exception has left in the middle of a function end with the process."""
+        """End the threads: a function that an exception has left waiting ends where it asked."""
         self._closed = True
-        for place, thread in enumerate(self._threads):
-            if place not in self._asked:
-                self._turns[place].release()
-                thread.join(1.0)
+        for turn, thread in zip(self._turns, self._threads, strict=False):
+            if turn.locked():
+                turn.release()
+            thread.join(1.0)  # one that computes ends when it asks next
 
     def ask(self, place: int, request: Any) -> Any:
         """Inside function ``place``: the answer to a request, once all others have asked or ended."""
+        if self._closed:
+            raise _Closed
         self._asked[place] = request
         self._turns[self._next[place]].release()
         self._turns[place].acquire()
+        if self._closed:
+            raise _Closed
         answer = self._answers.pop(place)
         if isinstance(answer, BaseException):
             raise answer
@@ -93,4 +101,6 @@ class Lockstep:
                 self._results[place] = self._calls[place]()
             except BaseException as error:
                 self._errors[place] = error
+            if self._closed:
+                return
             self._turns[self._next[place]].release()

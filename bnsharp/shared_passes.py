@@ -70,6 +70,10 @@ class Passes:
         self.answered: list[Answer] = []
         self._batch: tuple[list[Any], Any, Tensor] | None = None
 
+    def begin(self) -> None:
+        """A new step: what was kept of the last one's batches may be memory that a source has filled anew."""
+        self._batch = None
+
     def __call__(self, requests: Mapping[int, Request]) -> dict[int, Answer]:
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for place in sorted(requests):
@@ -128,7 +132,8 @@ class Passes:
         return {k: torch.stack([p[k] for p in points]).requires_grad_() for k in live}
 
     def _batches(self, requests: list[Request]) -> tuple[Any, Tensor]:
-        """Inputs of all runs one after the other, and targets ``[m, B, …]``; those of the last pass are kept."""
+        """Inputs of all runs one after the other, and targets ``[m, B, …]``; those of the last pass are kept
+        until :meth:`begin`."""
         given = [t for r in requests for t in (r.x, r.y)]
         kept = self._batch
         if kept is None or len(kept[0]) != len(given) or any(a is not b for a, b in zip(kept[0], given, strict=True)):

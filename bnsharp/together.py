@@ -175,6 +175,7 @@ class Together:
             return False
         if not self._checked:
             self._check(batches)
+        self._passes.begin()
         objectives = [self._objectives(i, run, batches[i]) for i, run in enumerate(self._runs)]
         calls = [self._call(run, own) for run, own in zip(self._runs, objectives, strict=True)]
         steps: list[Step] = self._lockstep.run(calls, self._passes)

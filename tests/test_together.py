@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import math
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -195,6 +198,50 @@ def test_functions_side_by_side_meet_where_they_ask() -> None:
         assert steps.run([lambda: steps.ask(0, 4)], meet) == [40]
 
 
+@pytest.mark.parametrize("where", ["meet", "function"])
+def test_an_interruption_leaves_no_thread(where: str) -> None:
+    """Functions that wait for an answer which will not come end, and so do those that compute."""
+    before = threading.active_count()
+
+    def meet(asked: Any) -> Any:
+        if where == "meet":
+            raise KeyboardInterrupt
+        return asked
+
+    def function(steps: Lockstep, place: int) -> None:
+        for _ in range(3):
+            if where == "function" and place == 1:
+                _thread.interrupt_main()
+                time.sleep(0.05)
+            steps.ask(place, place)
+
+    with pytest.raises(KeyboardInterrupt), Lockstep(3) as steps:
+        steps.run([lambda i=i: function(steps, i) for i in range(3)], meet)
+    assert threading.active_count() == before
+
+
+def test_a_source_may_fill_the_same_memory_again() -> None:
+    """Batches are read anew in every step, though the tensors are those of the last one."""
+
+    def filling(own: Trainer) -> Trainer:
+        epoch, x = own.epoch, torch.empty(BATCH, 1, 4, 4, dtype=torch.float64)
+        y = torch.empty(BATCH, dtype=torch.long)
+
+        def refilled(generator: torch.Generator) -> Iterable[tuple[Tensor, Tensor]]:
+            for each in epoch(generator):
+                x.copy_(each[0])
+                y.copy_(each[1])
+                yield x, y
+
+        own.epoch = refilled
+        return own
+
+    found = Together([filling(trainer(s)) for s in range(2)]).fit()
+    for seed, outcome in enumerate(found):
+        assert isinstance(outcome, Result)
+        assert outcome.last["loss"] == pytest.approx(trainer(seed).fit().last["loss"], rel=1e-9)
+
+
 def test_a_stack_is_views_until_it_is_released() -> None:
     nets = [network(s) for s in range(2)]
     before = [{k: v.clone() for k, v in n.state_dict().items()} for n in nets]
@@ -239,10 +286,21 @@ def recurrent(seed: int, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.PReLU(), nn.Linear(16, 3)).to(dtype)
 
 
+def rescheduled() -> list[Trainer]:
+    """The second one's cosine is longer."""
+    made = [trainer(s) for s in range(2)]
+    made[1].scheduler = cosine(100)(made[1].optimizer)
+    return made
+
+
 @pytest.mark.parametrize(("make", "word"), [
     (lambda: [], "no trainer"),
     (lambda: changed(epochs=4), "epochs"),
     (lambda: changed(module=coupled), "another structure"),
+    (lambda: changed(settings={**SGD, "lr": 0.1}), "lr"),
+    (lambda: changed(settings={**SGD, "weight_decay": 0.0}), "weight_decay"),
+    (lambda: changed(optimizer="Adam"), "optimizers"),
+    (lambda: rescheduled(), "schedules"),
     (lambda: changed(more={"engine": "vmap"}), "engine"),
     (lambda: [trainer(0, optimizer="Adafactor"), trainer(1, optimizer="Adafactor")], "Adafactor"),
     (lambda: [trainer(s, module=recurrent) for s in range(2)], "PReLU"),
