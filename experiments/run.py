@@ -261,7 +261,7 @@ def train(
         def claim() -> None:
             stack.enter_context(folder.locked())
             if resume:
-                folder.go_on(stored, MAY_DIFFER + MAY_DIFFER_FOR[config.rank_directions])
+                go_on(folder, stored, MAY_DIFFER_FOR[config.rank_directions])
             else:
                 folder.start(stored, overwrite=overwrite)
                 recording.clear(folder.path)
@@ -276,6 +276,21 @@ def train(
         if ranks.is_first:
             folder.write_json(SUMMARY, {"epochs": len(result.history), "steps": result.steps, **result.last})
     return prepared, result
+
+
+def go_on(folder: RunFolder, stored: dict[str, Any], more: tuple[str, ...] = ()) -> None:
+    """:meth:`bnsharp.checkpoint.RunFolder.go_on`; a setting that the folder's configuration lacks has its default.
+
+    Args:
+        stored: of the run now, see :func:`stored_config`.
+        more: what may differ beside :data:`MAY_DIFFER`.
+    """
+    known = folder.config() if folder.exists() else stored
+    lacking = tuple(
+        key for key, field in RunConfig.model_fields.items()
+        if key not in known and stored.get(key) == field.get_default(call_default_factory=True)
+    )
+    folder.go_on(stored, MAY_DIFFER + more + lacking)
 
 
 def check_folder(folder: RunFolder, taken: bool) -> None:

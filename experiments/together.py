@@ -14,7 +14,7 @@ from bnsharp.companions import check_batches, check_together
 from bnsharp.errors import DivergedError, InputError
 from bnsharp.experiments import recording
 from bnsharp.experiments.config import RunConfig
-from bnsharp.experiments.run import MAY_DIFFER, Prepared, check_folder, prepare, stored_config, trainer
+from bnsharp.experiments.run import Prepared, check_folder, go_on, prepare, stored_config, trainer
 from bnsharp.stacked import dense
 from bnsharp.together import Outcome, Together
 from bnsharp.trainer import Trainer
@@ -72,7 +72,7 @@ def train_together(
         for folder, p, run, writer in zip(folders, made, runs, scalars, strict=True):
             stack.enter_context(folder.locked())
             if resume:
-                folder.go_on(stored_config(p), MAY_DIFFER)
+                go_on(folder, stored_config(p))
             else:
                 folder.start(stored_config(p), overwrite=overwrite)
                 recording.clear(folder.path)

@@ -81,6 +81,18 @@ def test_a_bare_checkpoint_is_read_with_a_model_and_data(finished, tmp_path):
         assert_same(dict(made.module.state_dict()), dict(payload["module"]))
 
 
+def test_a_folder_from_before_a_setting_existed_resumes_with_its_default(tmp_path):
+    train(config(epochs=1), tmp_path)
+    stored = json.loads((tmp_path / CONFIG).read_text())
+    del stored["together"]
+    (tmp_path / CONFIG).write_text(json.dumps(stored))
+    train(config(epochs=1), tmp_path, resume=True)
+    del stored["lr"]
+    (tmp_path / CONFIG).write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="lr=None"):
+        train(config(epochs=1, lr=0.3), tmp_path, resume=True)
+
+
 def test_an_interrupted_run_resumes_to_the_same_folder(finished, tmp_path):
     def interrupt(record: dict[str, Any]) -> None:
         if record["epoch"] == 2:
