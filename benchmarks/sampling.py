@@ -22,9 +22,9 @@ KINDS = (FORWARD, BACKWARD, ARITHMETIC, OPTIMIZER, OTHER)
 MODULES = {
     **dict.fromkeys((
         "params", "partition", "balls", "geometry", "maps", "laws", "directions", "scores", "reduce", "quadrature",
-        "profiles", "penalties", "penalty_gradients", "starts",
+        "profiles", "penalties", "penalty_gradients", "starts", "grids",
     ), ARITHMETIC),
-    **dict.fromkeys(("convolutions", "pointwise"), FORWARD),
+    **dict.fromkeys(("convolutions", "pointwise", "shared_passes", "stacked"), FORWARD),
 }
 """What the time of the package's own modules is spent on, all others' on bookkeeping."""
 
