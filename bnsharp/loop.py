@@ -78,7 +78,8 @@ def backward(
         share_gradient: where ``.grad`` is None and ``scale`` 1, it becomes the very tensor in the step returned: no
             copy is made, and what then changes ``.grad`` in place (clipping) changes the step's gradient. A gradient
             in the memory of another, of a parameter or of the state is copied all the same.
-        structure: ``Structure(module)``, made once by a loop that neither adds nor replaces submodules or parameters.
+        structure: ``Structure(module)``, made once by a loop of many steps; where a parameter or submodule has been
+            added, replaced or removed since, it is made anew.
 
     Returns:
         The step: loss, penalty, gradient, gradients evaluated, state, the module's output (of this rank's part).
@@ -90,7 +91,7 @@ def backward(
     positive("scale", scale)
     one_of("precision", precision, PRECISIONS)
     one_of("directions", directions, DIRECTIONS)
-    structure = Structure(module) if structure is None else structure
+    structure = structure if structure is not None and structure.is_of(module) else Structure(module)
     owned = structure.trained or P.trainable(module)
     ambient = _Ambient.now(module, owned, scaler)
     ranks = _ranks_of(module) if ranks is None else ranks

@@ -6,6 +6,7 @@ pass itself.
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ Place = tuple[dict[str, Any], str]
 
 
 class Structure:
-    """A module (inside its wrappers) as it is now: valid until submodules or parameters are added or replaced.
+    """A module (inside its wrappers) as it is now: valid until submodules or parameters are added, replaced or removed.
 
     Attributes:
         module: the module.
@@ -32,6 +33,7 @@ class Structure:
         self._places: dict[str, list[Place]] = {}
         self._names: dict[int, str] = {}
         self._seen: set[int] = set()
+        self._held: list[tuple[dict[str, Any], list[Any]]] = []
         self._visit(self.module, "")
 
     def _visit(self, module: nn.Module, prefix: str) -> None:
@@ -41,6 +43,7 @@ class Structure:
         if owns_statistics(module):
             self.owners.append(module)
         store = module._parameters
+        self._held += [(d, list(d.values())) for d in (store, module._modules)]
         for key, parameter in store.items():
             if parameter is None:
                 continue
@@ -53,6 +56,13 @@ class Structure:
         for key, child in module._modules.items():
             if child is not None:
                 self._visit(child, f"{prefix}{key}.")
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether this is the module's structure still: no parameter or submodule was added, replaced or removed."""
+        for now, then in self._held:
+            if len(now) != len(then) or (then and not all(map(is_, now.values(), then))):
+                return False
+        return self.module is unwrap(module)
 
     @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:

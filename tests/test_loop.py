@@ -992,3 +992,34 @@ def test_scripted_layers_are_measured_and_trained_as_others_are() -> None:
                        *(b.double() for b in net.buffers())])
     torch.testing.assert_close(values[1], values[0], rtol=1e-10, atol=1e-12)
     assert all(isinstance(p, nn.Parameter) for p in scripted.parameters())
+
+
+def test_a_structure_that_is_no_longer_the_modules_is_made_anew() -> None:
+    def replaced_parameter(net: nn.Module) -> None:
+        first = next(m for m in net.modules() if isinstance(m, nn.Linear))
+        first.weight = nn.Parameter(first.weight.detach() + 0.1)
+
+    def replaced_layer(net: nn.Module) -> None:
+        name, last = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
+        net.set_submodule(name, generic(nn.Linear(last.in_features, last.out_features).double()))
+
+    def added_parameter(net: nn.Module) -> None:
+        last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+        last.register_parameter("shift", nn.Parameter(torch.zeros(last.out_features, dtype=torch.float64)))
+        last.register_forward_hook(lambda m, _, out: out + m.shift)
+
+    batch = examples(16, dtype=torch.float64)
+    for change in (replaced_parameter, replaced_layer, added_parameter):
+        net = generic(bn_mlp().double())
+        structure = Structure(net)
+        assert structure.is_of(net) and not structure.is_of(copy.deepcopy(net))
+        change(net)
+        assert not structure.is_of(net)
+        torch.manual_seed(0)
+        bnsharp.backward(net, cross_entropy, batch, sam(rho=0.1), structure=structure)
+        got = grads(net)
+        assert all(p.grad is not None for p in net.parameters())
+        net.zero_grad()
+        torch.manual_seed(0)
+        bnsharp.backward(net, cross_entropy, batch, sam(rho=0.1))
+        assert torch.equal(got, grads(net))
