@@ -154,8 +154,7 @@ def _tell_engines(results: dict[str, Any], chosen: bool) -> None:
     for choice in choosing.choices(taken=True):
         times = [f"{name} {1e3 * s:.3g} ms" for name, s in choice.seconds.items()]
         others = [f"{name}: {why}" for name, why in choice.left_out.items()]
-        typer.echo(f"{choice.call}: {choice.engine} of {', '.join(times)} per point"
-                   + (f" ({'; '.join(others)})" if others else ""), err=True)
+        typer.echo(f"{choice.call}: {choice.engine} taken; per point: {', '.join([*times, *others])}", err=True)
 
 
 def _title(source: str, results: dict[str, Any]) -> str:

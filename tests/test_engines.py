@@ -443,7 +443,8 @@ def test_the_command_tells_and_repeats_a_choice(
         return record, done.err
 
     first, said = values("--engine", "auto")
-    assert "losses at 16 to 31 points" in said and "ms per point" in said and first["engine"].endswith("(chosen)")
+    assert "losses at 16 to 31 points" in said and "taken; per point: loop " in said
+    assert first["engine"].endswith("(chosen)")
     assert (tmp_path / "cache" / "bnsharp" / "engines.json").exists()
     choosing.forget()
     assert values("--engine", "auto")[0] == first  # to the last bit
