@@ -26,7 +26,7 @@ CHUNKS = (4, 16, 64)
 """Points at once that a choice tries."""
 FEWEST = 4
 """Calls with fewer points are left to the loop: there is nothing to gain."""
-MARGIN = 1.1
+MARGIN = 1.04
 """Another engine is chosen when the loop takes this many times as long: within noise the loop stays."""
 SLACK = 0.25
 """Seconds that trying one engine may take, or half of what the call takes, whichever is longer; compiling is extra."""
