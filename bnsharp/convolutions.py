@@ -48,7 +48,7 @@ def slice_size(x: Tensor, weight: Tensor) -> int:
     """
     if x.dtype != torch.float64 or x.device.type != "cpu" or x.ndim != weight.ndim:
         return len(x)  # another kernel, or no batch
-    one = 8 * x[0].numel() * math.prod(weight.shape[2:])  # an upper bound: strides make fewer patches
+    one = 8 * math.prod(x.shape[1:]) * math.prod(weight.shape[2:])  # an upper bound: strides make fewer patches
     return max(torch.get_num_threads(), PATCHES // max(one, 1))
 
 

@@ -50,3 +50,10 @@ def test_patches_of_the_whole_batch_are_never_held():
             torch.conv2d(x, w)
 
     assert peak_bytes(run, torch.device("cpu")) < 2 * output + 2 * convolutions.PATCHES
+
+
+def test_a_batch_without_examples_is_left_to_pytorch():
+    """A network may send no example to one of its convolutions."""
+    x, w = torch.randn(0, 2, 5, 5, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    with torch.no_grad(), Sliced():
+        assert torch.conv2d(x, w).shape == (0, 3, 3, 3)
