@@ -7,6 +7,7 @@ differentiable in θ with the directions' unit coordinates held fixed (Danskin).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from bnsharp import params as P
 from bnsharp.balls import JointBall
 from bnsharp.bounds import upper_bound
 from bnsharp.checks import one_of, positive, whole
+from bnsharp.choosing import is_out_of_memory
 from bnsharp.deflation import Deflation, deflated, plus
 from bnsharp.directions import Directions
 from bnsharp.errors import InputError, NotDifferentiableError, NotFiniteError
@@ -41,6 +43,8 @@ SOLVE = 30
 """Products that an eigenvalue solve takes, about."""
 CHECKED = 3
 """Directions at which a value in low precision is compared with float64."""
+PRECISIONS = re.compile(r"\b(d?types?|float64|double)\b", re.IGNORECASE)
+"""What PyTorch's errors about tensors of unequal or unknown precision say."""
 
 
 @dataclass(frozen=True)
@@ -324,17 +328,20 @@ class _Run:
     def rounding(self) -> float | None:
         """Rounding error of the value: ``CHECKED`` times the largest difference to float64 at a few directions.
 
-        None where the objective cannot be evaluated in float64 (a plain function that holds tensors of its own).
+        None where the objective cannot be evaluated in float64 (a plain function that holds tensors of its own, a
+        device without that precision); any other error is raised.
         """
         values = torch.cat([k.values for k in self.values])
         n = len(values)
         picks = list(range(min(CHECKED, n))) if self.measure.directions.is_drawn else [int(values.argmax())]
-        params = P.pmap(Tensor.double, self.anchor.params)
-        frame = self.measure.geometry.at(params)
-        v = P.Lazy(len(picks), lambda i: frame.place(P.pmap(Tensor.double, self._unit(picks[i]))))
         try:
+            params = P.pmap(Tensor.double, self.anchor.params)
+            frame = self.measure.geometry.at(params)
+            v = P.Lazy(len(picks), lambda i: frame.place(P.pmap(Tensor.double, self._unit(picks[i]))))
             exact = self.measure.profile.evaluate(Anchor(self.objective, params), v).values
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError) as error:
+            if is_out_of_memory(error) or not PRECISIONS.search(str(error)):
+                raise
             return None
         difference = (values[picks].double() - exact).abs().max()
         return CHECKED * float(difference) if bool(difference.isfinite()) else math.inf

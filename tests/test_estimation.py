@@ -406,3 +406,27 @@ def test_a_radius_that_overflows_is_more_than_is_borne() -> None:
 def test_restarts_of_an_eigenvalue_problem_are_refused() -> None:
     with pytest.raises(InputError):
         measures.hessian_top(restarts=3)
+
+
+@pytest.mark.parametrize("matrix", ["m @ q", "q @ q * m.sum()", "linear"])
+def test_a_function_that_holds_float32_tensors_keeps_the_modelled_error(matrix):
+    m = torch.eye(3)
+    losses = {
+        "m @ q": lambda q: (m @ q["w"]).pow(2).sum(),
+        "q @ q * m.sum()": lambda q: q["w"] @ q["w"] * m.sum(),
+        "linear": lambda q: torch.nn.functional.linear(q["w"], m).pow(2).sum(),
+    }
+    found = measures.gaussian(draws=4)(losses[matrix], P.make({"w": torch.ones(3)}))
+    assert found.precision == ("float64" if found.promoted else "float32") and found.error > 0
+
+
+@pytest.mark.parametrize("message", ["boom", "CUDA out of memory. Tried to allocate 2 bytes",
+                                     "DefaultCPUAllocator: can't allocate memory: 8 bytes of type"])
+def test_a_failure_of_the_check_in_float64_is_not_hidden(message):
+    def loss(q):
+        if q["w"].dtype == torch.float64:
+            raise RuntimeError(message)
+        return q["w"] @ q["w"]
+
+    with pytest.raises(RuntimeError, match=message[:4]):
+        measures.gaussian(draws=4)(loss, P.make({"w": torch.ones(3)}))
