@@ -37,8 +37,6 @@ LONGEST = 100
 """With a target error, sampling stops at this many times the measure's draws."""
 ROUNDING = 1e-3
 """A value in low precision is taken again in float64 when its rounding error exceeds this fraction of it."""
-CERTAIN = 1e-3
-"""Largest residual of an eigenvalue, relative to it, at which the value plus its error is given as an upper bound."""
 SOLVE = 30
 """Products that an eigenvalue solve takes, about."""
 CHECKED = 3
@@ -313,9 +311,6 @@ class _Run:
         )
         if not self.measure.certify:
             return estimate
-        if self.found.known is not None and self.found.error <= CERTAIN * estimate.value:
-            # an eigenvalue solve with a random part in its start is what the bound would take: it has been made
-            return replace(estimate, upper=estimate.value + estimate.error)
         try:
             upper = upper_bound(
                 self.measure.profile, self.anchor, self.frame, unit, estimate.value, self.generator,
