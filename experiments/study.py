@@ -259,6 +259,9 @@ def run_study(
                 seen += _drain(ticks, advance)
                 for future in done:
                     future.result()
+                if len(done) < len(futures) and _any_ended(pool):
+                    # the pool itself does not watch a worker that was started while it looked away (Python 3.11)
+                    raise BrokenProcessPool("a worker ended")
                 if len(done) == len(futures):
                     advance(max(0, sum(map(units, tasks)) - seen))  # what is still on its way
                     return [result for future in futures for result in future.result()]
@@ -276,6 +279,11 @@ def run_study(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             ticks.close()
+
+
+def _any_ended(pool: ProcessPoolExecutor) -> bool:
+    """Whether a worker has ended; none does before the pool is shut down, unless it dies."""
+    return any(process.exitcode is not None for process in list((pool._processes or {}).values()))
 
 
 @contextmanager
