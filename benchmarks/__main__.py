@@ -1,12 +1,11 @@
 """Run benchmarks: ours and others' side by side, as a Markdown table and JSON in ``benchmarks/results/``.
 
 ``python -m benchmarks [WORD…]`` runs the cases whose names hold one of the words, all of them by default. Rows are
-printed and written as they come: an interruption keeps those so far.
+printed and written as they come, each in the place of its last result: an interruption keeps those so far.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -14,18 +13,22 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.paired import Case, measure
+from benchmarks.arguments import Parser, available, duration, measuring, positive
+from benchmarks.paired import LEAST, Case, measure
+from benchmarks.progress import Progress
 from benchmarks.tables import HEAD, rows
 
 MODULES = ("training", "together", "measuring", "curvature", "peers", "memory", "startup")
 """Where cases are: ``CASES`` of each module that there is."""
-OUT = Path("benchmarks") / "results"
+SECONDS = 8.0
+"""Of a case's counted rounds, where ``LEAST`` of them do not take longer: all cases then take about ten minutes."""
 PACKAGES = (
     "torch", "tensordict", "numpy", "scipy", "pytorch_optimizer", "PyHessian", "curvlinops-for-pytorch",
     "hessian-eigenthings", "loss-landscapes", "typer", "rich",
@@ -76,68 +79,59 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def outcome_of(case: Case, device: torch.device, rounds: int | None) -> dict[str, Any]:
+def outcome_of(
+    case: Case, device: torch.device, rounds: int | None = None, seconds: float = SECONDS
+) -> dict[str, Any]:
     """A case's record; one that could not be run says why in the place of numbers."""
+    started = time.perf_counter()
     try:
-        record = measure(case, device, rounds=rounds).record()
+        record = measure(case, device, rounds=rounds, seconds=seconds).record()
     except ModuleNotFoundError as error:
         record = {"case": case.name, "note": case.note, "limit": case.limit, "not_installed": {"": str(error.name)}}
     except Exception as error:  # one peer's failure is a row, not the end of all others
         lines = str(error).splitlines()
         failure = f"{type(error).__name__}: {lines[0] if lines else ''}"
         record = {"case": case.name, "note": case.note, "limit": case.limit, "failed": failure}
-    return record | {"machine": machine(device if case.takes_device else torch.device("cpu"))}
+    known = machine(device if case.takes_device else torch.device("cpu"))
+    return record | {"took": time.perf_counter() - started, "machine": known}
 
 
-def write(records: Sequence[dict[str, Any]], out: Path, keep: bool) -> None:
-    """``results.json`` and ``table.md``; with ``keep``, rows of other cases that are there stay."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.json"
-    merged = {key(r): r for r in json.loads(path.read_text())["cases"]} if keep and path.exists() else {}
-    merged |= {key(r): r for r in records}
-    path.write_text(json.dumps({"cases": list(merged.values())}, indent=1) + "\n")
-    (out / "table.md").write_text("\n".join([*HEAD, *(line for r in merged.values() for line in rows(r))]) + "\n")
+Key = tuple[str, str, int]
 
 
-def key(record: dict[str, Any]) -> tuple[str, str, int]:
+def key(record: Mapping[str, Any]) -> Key:
     """What tells two rows apart: a case on a kind of device with a number of threads."""
     return record["case"], record["machine"]["device"], record["machine"]["threads"]
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 1 on")
-    return int(text)
+def read(out: Path) -> dict[Key, dict[str, Any]]:
+    """The records in a folder of results."""
+    path = out / "results.json"
+    return {key(r): r for r in json.loads(path.read_text())["cases"]} if path.exists() else {}
 
 
-def available(text: str) -> torch.device:
-    """A device that there is."""
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("'cuda' is not available here; expected cpu")
-    if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected cpu or cuda")
-    return torch.device(text)
+def write(records: Mapping[Key, dict[str, Any]], out: Path) -> None:
+    """``results.json`` and ``table.md``, each whole at any time."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [*HEAD, *(line for record in records.values() for line in rows(record))]
+    data = json.dumps({"cases": list(records.values())}, indent=1)
+    for name, text in {"results.json": data, "table.md": "\n".join(lines)}.items():
+        part = out / f"{name}.part"
+        part.write_text(text + "\n")
+        part.replace(out / name)
 
 
-def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser() -> Parser:
+    made = measuring("benchmarks", __doc__)
     made.add_argument("words", nargs="*", metavar="WORD", help="only cases whose names hold one of these")
-    made.add_argument("--threads", type=positive, default=1, metavar="N", help="of PyTorch (default: 1)")
     made.add_argument("--device", type=available, default=None, metavar="DEVICE",
                       help="cpu, or cuda: the cases that run there (default: cuda too where there is one)")
-    made.add_argument("--rounds", type=positive, default=None, metavar="N", help="of every case (default: its own)")
+    many = made.add_mutually_exclusive_group()
+    many.add_argument("--seconds", type=duration, default=SECONDS, metavar="S",
+                      help=f"for a case's rounds: {LEAST} at least, its own number at most (default: {SECONDS:g})")
+    many.add_argument("--rounds", type=positive, default=None, metavar="N", help="of every case, whatever they take")
     made.add_argument("--list", action="store_true", help="names of the cases, and nothing is run")
-    made.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"results (default: {OUT})")
     return made
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for what cannot be used."""
-
-    def error(self, message: str) -> Any:
-        print(f"benchmarks: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def plan(cases: Sequence[Case], device: torch.device | None) -> list[tuple[Case, torch.device]]:
@@ -145,6 +139,28 @@ def plan(cases: Sequence[Case], device: torch.device | None) -> list[tuple[Case,
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     devices = [device] if device is not None else [cpu, *([cuda] if torch.cuda.is_available() else [])]
     return [(case, d) for d in devices for case in cases if d.type == "cpu" or case.takes_device]
+
+
+def run(
+    work: Sequence[tuple[Case, torch.device]], out: Path, rounds: int | None, seconds: float
+) -> dict[Key, dict[str, Any]]:
+    """Measure, print and write, row after row, until all are done or it is interrupted; what was measured."""
+    before, found = read(out), {}
+    took = {name: record["took"] for (name, *_), record in before.items() if "took" in record}
+    progress = Progress([took.get(case.name, seconds) for case, _ in work])
+    print("\n".join(HEAD), flush=True)
+    try:
+        for case, device in work:
+            progress.start(case.name)
+            record = outcome_of(case, device, rounds, seconds)
+            found[key(record)] = record
+            progress.clear()
+            print("\n".join(rows(record)), flush=True)
+            write(before | found, out)
+    except KeyboardInterrupt:
+        progress.clear()
+        write(before | found, out)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,17 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     for line in lacking:
         print(f"benchmarks: {line}", file=sys.stderr)
-    records: list[dict[str, Any]] = []
-    print("\n".join(HEAD), flush=True)
-    try:
-        for case, device in plan(chosen, given.device):
-            records.append(outcome_of(case, device, given.rounds))
-            print("\n".join(rows(records[-1])), flush=True)
-            write(records, given.out, keep=bool(given.words))
-    except KeyboardInterrupt:
-        print(f"benchmarks: stopped; {len(records)} cases are in {given.out}", file=sys.stderr)
+    work = plan(chosen, given.device)
+    found = run(work, given.out, given.rounds, given.seconds)
+    if len(found) < len(work):
+        print(f"benchmarks: stopped; {len(found)} cases are in {given.out}", file=sys.stderr)
         return INTERRUPTED
-    return FAILED if any("failed" in record for record in records) else 0
+    if not given.words:  # rows of cases that are no more
+        write(found, given.out)
+    return FAILED if any("failed" in record for record in found.values()) else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ left as it is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import growth, profile
-from benchmarks.__main__ import OUT, Parser
+from benchmarks.arguments import OUT, Parser
 from benchmarks.tables import HEAD, rows, table
 
 PAGE = Path("docs") / "performance.md"
@@ -80,8 +79,7 @@ def filled(page: str, results: Path) -> tuple[str, list[str]]:
 
 def main() -> int:
     """Fill the page; the exit code."""
-    parser = Parser(prog="python -m benchmarks.document", description=__doc__,
-                    formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("benchmarks.document", __doc__)
     parser.add_argument("--results", type=Path, default=OUT, metavar="FOLDER", help=f"(default: {OUT})")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help=f"(default: {PAGE})")
     given = parser.parse_args()

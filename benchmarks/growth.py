@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import bnsharp
-from benchmarks.__main__ import OUT, Parser, machine, positive
+from benchmarks.__main__ import machine
+from benchmarks.arguments import timing
 from benchmarks.paired import Case, Run, measure
 from benchmarks.tables import table
 from bnsharp.algorithms import algorithm
@@ -168,11 +169,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure every axis, print a table, write JSON and figure."""
-    parser = Parser(prog="python -m benchmarks.growth", description=__doc__,
-                    formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"of timing (default: {ROUNDS})")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of PyTorch (default: 1)")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"results (default: {OUT})")
+    parser = timing("benchmarks.growth", __doc__, ROUNDS)
     parser.add_argument("--figure", type=Path, default=FIGURE, metavar="FILE", help=f"(default: {FIGURE})")
     parser.add_argument("--worker", choices=WHAT, help=argparse.SUPPRESS)
     given = parser.parse_args()

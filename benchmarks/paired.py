@@ -22,6 +22,8 @@ from benchmarks.allocations import peak_bytes
 
 Run = Callable[[], Any]
 CPU = torch.device("cpu")
+LEAST = 5
+"""Counted rounds without which quartiles say nothing."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Case:
         setup: called once, with the device if it takes one; gives the alternatives by name. The first is ours, the
             second what it is held against.
         limit: what is aimed at for ours compared with the second; None where nothing is.
-        rounds: how often every alternative is run.
+        rounds: how often every alternative is run at most.
         divide: what a time is divided by, per alternative (steps in a run, units of work): 1 where it is missing.
         note: where the limit comes from.
         best: hold ours against the best of the others in the place of the second.
@@ -214,8 +216,24 @@ def interval_of_median(values: Sequence[float], confidence: float = 0.95) -> tup
     return ordered[rank], ordered[n - 1 - rank]
 
 
-def measure(case: Case, device: torch.device = CPU, seed: int = 0, rounds: int | None = None) -> Outcome:
-    """All rounds of a case, after one that is not counted where the quantity asks for it."""
+def rounds_within(seconds: float, spent: float, counted: int, most: int) -> int:
+    """How many rounds take ``seconds`` if those counted spent ``spent``: no fewer than these, at most ``most``."""
+    return max(counted, int(min(most, seconds * counted / spent))) if spent > 0 else most
+
+
+def measure(
+    case: Case, device: torch.device = CPU, seed: int = 0, rounds: int | None = None, seconds: float = math.inf
+) -> Outcome:
+    """A case's rounds, after one that is not counted where the quantity asks for it.
+
+    Args:
+        case: what is compared.
+        device: for cases that take one.
+        seed: of the orders in a round.
+        rounds: exactly so many; None leaves it to the case and to ``seconds``.
+        seconds: what the counted rounds are to take together. The first ``LEAST`` say how many fit; as many as those
+            are taken in any case, and the case's at most.
+    """
     made = dict(case.setup(device=device) if case.takes_device else case.setup())
     missing = {name: run.package for name, run in made.items() if isinstance(run, Missing)}
     alternatives = {name: run for name, run in made.items() if not isinstance(run, Missing)}
@@ -225,10 +243,20 @@ def measure(case: Case, device: torch.device = CPU, seed: int = 0, rounds: int |
     for run in alternatives.values() if case.quantity.warm else ():
         run()
     values: dict[str, list[float]] = {name: [] for name in alternatives}
-    for _ in range(case.rounds if rounds is None else rounds):
-        names = list(alternatives)
-        order.shuffle(names)
-        for name in names:
-            values[name].append(case.quantity.take(alternatives[name], device) / case.divide.get(name, 1.0))
+
+    def take(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            names = list(alternatives)
+            order.shuffle(names)
+            for name in names:
+                values[name].append(case.quantity.take(alternatives[name], device) / case.divide.get(name, 1.0))
+        return time.perf_counter() - started
+
+    if rounds is None:
+        first = min(LEAST, case.rounds)
+        take(rounds_within(seconds, take(first), first, case.rounds) - first)
+    else:
+        take(rounds)
     peaks = {name: peak_bytes(run, device) for name, run in alternatives.items()} if case.memory else {}
     return Outcome(case, values, peaks, missing)

@@ -7,18 +7,17 @@ float32. Writes ``benchmarks/results/profile.json``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import bnsharp
-from benchmarks.__main__ import OUT, Parser, machine, positive
+from benchmarks.__main__ import machine
+from benchmarks.arguments import timing
 from benchmarks.paired import Case, Run, measure
 from benchmarks.sampling import KINDS, shares
 from benchmarks.tables import table
@@ -128,12 +127,7 @@ def line(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Profile every subject, print a table, write the JSON."""
-    parser = Parser(prog="python -m benchmarks.profile", description=__doc__,
-                    formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"of timing (default: {ROUNDS})")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of PyTorch (default: 1)")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"results (default: {OUT})")
-    given = parser.parse_args()
+    given = timing("benchmarks.profile", __doc__, ROUNDS).parse_args()
     torch.set_num_threads(given.threads)
     found = []
     print(table(HEAD, []), flush=True)

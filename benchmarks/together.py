@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from bnsharp.models import build
 from bnsharp.together import Together
 
 SEEDS = 10
-EPOCHS = 10
 BATCH = 64
 
 
@@ -33,7 +32,7 @@ def network(seed: int) -> nn.Module:
     return build("bn-mlp", (1, 8, 8), 10, seed=seed).train()
 
 
-def trainers(name: str, **options: Any) -> list[bnsharp.Trainer]:
+def trainers(name: str, epochs: int, **options: Any) -> list[bnsharp.Trainer]:
     """A trainer per seed, each with its own network, nothing evaluated or written."""
     parts, made = batches(), []
     for seed in range(SEEDS):
@@ -42,50 +41,52 @@ def trainers(name: str, **options: Any) -> list[bnsharp.Trainer]:
         made.append(bnsharp.Trainer(
             module, nn.functional.cross_entropy, lambda generator: iter(parts),
             optimizer=lambda p: torch.optim.SGD(p, **SGD), regularizer=chosen.regularizer, weight=chosen.weight,
-            epochs=EPOCHS, seed=seed,
+            epochs=epochs, seed=seed,
         ))
     return made
 
 
-def at_once(name: str, **options: Any) -> Run:
+def at_once(name: str, epochs: int, **options: Any) -> Run:
     """All seeds by :class:`bnsharp.together.Together`."""
-    return lambda: Together(trainers(name, **options)).fit()
+    return lambda: Together(trainers(name, epochs, **options)).fit()
 
 
-def in_turn(name: str, **options: Any) -> Run:
+def in_turn(name: str, epochs: int, **options: Any) -> Run:
     """Each seed by its own trainer."""
 
     def run() -> None:
-        for trainer in trainers(name, **options):
+        for trainer in trainers(name, epochs, **options):
             trainer.fit()
 
     return run
 
 
-def bare_loops() -> Run:
+def bare_loops(epochs: int) -> Run:
     """Each seed by the loop that anyone would write."""
 
     def run() -> None:
         parts = batches()
         for seed in range(SEEDS):
-            bare(network(seed), parts, EPOCHS)()
+            bare(network(seed), parts, epochs)()
 
     return run
 
 
-def sgd() -> dict[str, Run]:
-    return {"together": at_once("sgd"), "one after the other": in_turn("sgd"), "bare loops": bare_loops()}
+def sgd(epochs: int) -> dict[str, Run]:
+    return regularised("sgd", epochs) | {"bare loops": bare_loops(epochs)}
 
 
-def regularised(name: str, **options: Any) -> Callable[[], Mapping[str, Run]]:
-    return lambda: {"together": at_once(name, **options), "one after the other": in_turn(name, **options)}
+def regularised(name: str, epochs: int, **options: Any) -> dict[str, Run]:
+    return {
+        "together": at_once(name, epochs, **options), "one after the other": in_turn(name, epochs, **options),
+    }
 
 
 NAME = "10 seeds of bn-mlp on digits, {}: together / one after the other"
 CASES = (
-    Case(NAME.format("SGD"), sgd, 0.5, 11),
-    Case(NAME.format("SAM"), regularised("sam", rho=1.0), 0.5, 5),
-    Case(NAME.format("SGDS-0"), regularised("sgds-0"), 0.5, 5),
-    Case(NAME.format("SGDS-averaged"), regularised("sgds-averaged"), 0.5, 5),
-    Case(NAME.format("SGDS-5"), regularised("sgds-5"), 0.5, 3),
+    Case(NAME.format("SGD"), partial(sgd, 10), 0.5, 11),
+    Case(NAME.format("SAM"), partial(regularised, "sam", 5, rho=1.0), 0.5, 5),
+    Case(NAME.format("SGDS-0"), partial(regularised, "sgds-0", 5), 0.5, 5),
+    Case(NAME.format("SGDS-averaged"), partial(regularised, "sgds-averaged", 5), 0.5, 5),
+    Case(NAME.format("SGDS-5"), partial(regularised, "sgds-5", 3), 0.5, 5),
 )
