@@ -6,10 +6,9 @@ differentiable in θ with the directions' unit coordinates held fixed (Danskin).
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,12 @@ from bnsharp import params as P
 from bnsharp.balls import JointBall
 from bnsharp.bounds import upper_bound
 from bnsharp.checks import one_of, positive, whole
-from bnsharp.choosing import is_out_of_memory
 from bnsharp.deflation import Deflation, deflated, plus
 from bnsharp.directions import Directions
 from bnsharp.errors import InputError, NotDifferentiableError, NotFiniteError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Frame, Geometry
+from bnsharp.precision import CHECKED, rounding_error
 from bnsharp.profiles import Anchor, Profile
 from bnsharp.reduce import Reduce
 from bnsharp.scores import ExactScore
@@ -39,10 +38,6 @@ ROUNDING = 1e-3
 """A value in low precision is taken again in float64 when its rounding error exceeds this fraction of it."""
 SOLVE = 30
 """Products that an eigenvalue solve takes, about."""
-CHECKED = 3
-"""Directions at which a value in low precision is compared with float64."""
-PRECISIONS = re.compile(r"\b(d?types?|float64|double)\b", re.IGNORECASE)
-"""What PyTorch's errors about tensors of unequal or unknown precision say."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,9 @@ class Measure:
         estimate = run.finish(sampling)
         low = torch.finfo(P.first(params).dtype).eps > torch.finfo(torch.float64).eps
         if low and sampling.rounding == "measured":
-            rounding = run.rounding()
+            values, units = run.checked()
+            del run  # with its gradient, its graph and what its search has kept
+            rounding = rounding_error(values, units, self.profile, self.geometry, objective, params)
             if rounding is None:  # no float64 here: the modelled error stands
                 pass
             elif sampling.promote and not rounding <= ROUNDING * abs(estimate.value):
@@ -255,12 +252,8 @@ class _Run:
         slots = (measure.directions, measure.profile, measure.reduce)
         self.deflation, self.base = deflated(*slots, self.anchor, self.frame, rank, self.generator)
 
-    def _unit(self, i: int) -> Params:
-        u = P.pick(self.found.u, i)
-        return u if self.deflation is None else self.deflation.project(u)
-
     def _evaluate(self, indices: range) -> None:
-        units = P.Lazy(len(indices), lambda i: self._unit(indices[i]))
+        units = P.Lazy(len(indices), lambda i: _unit(self.found.u, self.deflation, indices[i]))
         known = self.measure.profile.evaluate(self.anchor, self._placed(units))
         bad = int((~known.values.isfinite()).sum())
         if bad:
@@ -320,23 +313,16 @@ class _Run:
             upper = None
         return replace(estimate, upper=None if upper is None else max(upper, estimate.value))
 
-    def rounding(self) -> float | None:
-        """Rounding error of the value: ``CHECKED`` times the largest difference to float64 at a few directions.
-
-        None where the objective cannot be evaluated in float64 (a plain function that holds tensors of its own, a
-        device without that precision); any other error is raised.
-        """
+    def checked(self) -> tuple[Tensor, P.Lazy]:
+        """Values ``[n]`` at the few directions that float64 is compared at, and those; they do not hold the run."""
         values = torch.cat([k.values for k in self.values])
         n = len(values)
         picks = list(range(min(CHECKED, n))) if self.measure.directions.is_drawn else [int(values.argmax())]
-        try:
-            params = P.pmap(Tensor.double, self.anchor.params)
-            frame = self.measure.geometry.at(params)
-            v = P.Lazy(len(picks), lambda i: frame.place(P.pmap(Tensor.double, self._unit(picks[i]))))
-            exact = self.measure.profile.evaluate(Anchor(self.objective, params), v).values
-        except (RuntimeError, TypeError) as error:
-            if is_out_of_memory(error) or not PRECISIONS.search(str(error)):
-                raise
-            return None
-        difference = (values[picks].double() - exact).abs().max()
-        return CHECKED * float(difference) if bool(difference.isfinite()) else math.inf
+        u, deflation = self.found.u, self.deflation
+        return values[picks], P.Lazy(len(picks), lambda i: _unit(u, deflation, picks[i]))
+
+
+def _unit(u: Any, deflation: Deflation | None, i: int) -> Params:
+    """Unit direction i: a draw without its part in what is known already."""
+    unit = P.pick(u, i)
+    return unit if deflation is None else deflation.project(unit)

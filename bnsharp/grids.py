@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from bnsharp import params as P
@@ -119,7 +120,8 @@ class Points:
         if self._scratch is not None:
             assert isinstance(self.source, Grid)
             return self.source.write_(index, self._scratch)
-        return P.pick(self.source, index)
+        point = P.pick(self.source, index)
+        return point if isinstance(point, TensorDict) else P.make(point)  # one whose tensors are made on demand
 
 
 def _wrapped(params: Params) -> bool:

@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
     ("profiles", "channels", "averages", "passes"),  # channels: who writes and reads them; passes of a training step
     ("directions", "scores", "transformations", "training_objective"),  # maps that keep the function
-    ("bounds", "deflation", "shared_passes"),  # of searched maxima; of traces; passes of several runs
+    ("bounds", "deflation", "precision", "shared_passes"),  # of maxima; of traces; rounding; passes of several runs
     ("estimation",),  # the four slots put together
     ("composites", "spectrum"),  # measures that are functions over measures
     ("pacbayes",),  # a bound as a measure
