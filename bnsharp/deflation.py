@@ -68,6 +68,12 @@ class Deflation:
         return total(Evaluated(alphas, 8 * torch.finfo(alphas.dtype).eps * largest))
 
 
+def is_trace(directions: Directions, profile: Profile, reduce: Reduce) -> bool:
+    """Whether a measure of these slots is a mean of ``vᵀHv`` over independent coordinates."""
+    drawn = isinstance(directions, Draw) and isinstance(directions.law, COORDINATES)
+    return drawn and isinstance(profile, Curvature) and isinstance(reduce, Mean)
+
+
 def deflated(
     directions: Directions, profile: Profile, reduce: Reduce, anchor: Anchor, frame: Frame, rank: int,
     generator: torch.Generator,
@@ -83,8 +89,7 @@ def deflated(
     Raises:
         InputError: what is no trace.
     """
-    trace = isinstance(directions, Draw) and isinstance(directions.law, COORDINATES) and isinstance(reduce, Mean)
-    if not trace or not isinstance(profile, Curvature):
+    if not is_trace(directions, profile, reduce):
         raise InputError(
             f"deflate={rank} with {type(profile).__name__} and {type(reduce).__name__} over "
             f"{type(directions).__name__}; expected a trace (Curvature, Mean, Rademacher or Gaussian), or deflate=0"

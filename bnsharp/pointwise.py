@@ -58,7 +58,7 @@ class PointLosses:
             )
         self.ranks = ranks
         self.engines_taken: set[str] = set()
-        """Engines that ``"auto"`` has chosen; whoever reports them clears them before."""
+        """Engines that ``"auto"`` has taken; whoever reports them clears them before."""
         self._graphs: dict[Engine, engines.Compiled] = {}
         self._signature: str | None = None
 
@@ -93,11 +93,12 @@ class PointLosses:
         given, n = self.engine, P.count(points.source)
         if given.name != "auto" and not given.compile:
             return given
-        if self.ranks.count > 1 or (torch.is_grad_enabled() and not gradients) or n == 0 or points.transformed:
-            return LOOP if given.name == "auto" else replace(given, compile=False)
+        plain = self.ranks.count > 1 or (torch.is_grad_enabled() and not gradients) or n == 0 or points.transformed
         if given.name == "auto":
-            given = LOOP if n < choosing.FEWEST else self._chosen(fn, points, gradients)
+            given = LOOP if plain or n < choosing.FEWEST else self._chosen(fn, points, gradients)
             self.engines_taken.add(str(given))
+        elif plain:
+            return replace(given, compile=False)
         return LOOP if given.compile and given.size > n else given
 
     def _chosen(self, fn: LossFunction, points: Points, gradients: bool) -> Engine:

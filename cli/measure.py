@@ -47,6 +47,11 @@ def measure(
         float | None,
         typer.Option(help="sample on until the 95% interval's half width is at most this fraction of the value"),
     ] = None,
+    deflate: Annotated[
+        int,
+        typer.Option(help="of a trace (hessian_trace, relative_trace): products spent first on the sharpest "
+                     "directions, whose part is then exact"),
+    ] = 0,
     engine: Annotated[
         str, typer.Option(help="how several points are evaluated: loop, vmap, vmap:CHUNK, compiled, compiled:CHUNK, or "
                           "the fastest by a short timing that is kept: auto, auto:compiled")
@@ -72,6 +77,7 @@ def measure(
     setting = Setting(
         examples=examples, batch_size=batch_size, statistics=statistics, precision=precision, promote=promote,
         exact=exact, seed=seed, target=target_error, engine=engine,
+        deflate=deflate,
     )
     opened = open_source(
         source, data=data, model=model, model_options=dict(parse_setting(s) for s in model_set or []), seed=seed,
@@ -146,7 +152,8 @@ def _kept_choices(chosen: bool) -> Iterator[None]:
 def _tell_engines(results: dict[str, Any], chosen: bool) -> None:
     """Engines by measure, and of the calls that were timed the times per point."""
     for name, record in results.items():
-        typer.echo(f"{name}: {record['engine']}", err=True)
+        used = "–" if record["engine"] == "auto" else record["engine"]  # nothing to choose for: no several points
+        typer.echo(f"{name}: {used}", err=True)
     if not chosen:
         return
     from bnsharp import choosing

@@ -14,9 +14,11 @@ from torch import nn
 
 from bnsharp import measures
 from bnsharp import params as P
-from bnsharp.checks import one_of, suggest
+from bnsharp.checks import one_of, suggest, whole
 from bnsharp.data import ImageData
+from bnsharp.deflation import is_trace
 from bnsharp.errors import InputError
+from bnsharp.estimation import Measure, Sampling
 from bnsharp.experiments.config import parse_setting
 from bnsharp.experiments.run import MEASURED_AT_ONCE, objective_of, probe_batch
 from bnsharp.groups import ScaleGroups, scale_groups
@@ -173,9 +175,11 @@ class Setting:
         seed: of draws and random starts.
         target: relative half width of the interval to sample to; None takes each measure's own number of draws.
         engine: ``"loop"`` or ``"vmap"``.
+        deflate: products spent on the sharpest directions of each trace among the measures, see
+            :class:`bnsharp.Sampling`.
 
     Raises:
-        InputError: an unknown precision.
+        InputError: an unknown precision, a negative ``deflate``.
     """
 
     examples: int | None = None
@@ -187,9 +191,11 @@ class Setting:
     seed: int = 0
     target: float | None = None
     engine: str = "loop"
+    deflate: int = 0
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, DTYPES)
+        whole("deflate", self.deflate, 0)
 
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -217,7 +223,7 @@ def measure_each(
     :class:`KeyboardInterrupt`.
 
     Raises:
-        InputError: bad options, a network that does not take the data.
+        InputError: bad options, a network that does not take the data, ``deflate`` with no trace to take.
     """
     show = Quiet() if show is None else show
     objective = objective_of(
@@ -234,17 +240,27 @@ def measure_each(
         raise InputError(f"{type(module).__name__} does not take {data.name}'s inputs of shape {data.input_shape} and "
                          f"{len(data.classes)} classes ({str(error).splitlines()[0][:100]})") from error
     built = {name: measures.build_measure(name, groups, **chosen) for name, chosen in options.items()}
+    deflated = {name: setting.deflate if _is_trace(measure) else 0 for name, measure in built.items()}
+    if setting.deflate and not any(deflated.values()):
+        raise InputError(f"deflate={setting.deflate} with {', '.join(built)}; expected a trace among the measures: add "
+                         "hessian_trace or relative_trace")
     # how long a target takes nobody knows
-    known = sum(measure.cost() for measure in built.values()) * objective.batches_seen
+    known = sum(deflated[name] + measure.cost() for name, measure in built.items()) * objective.batches_seen
     show.start(known if setting.target is None else 0)
     objective.on_evaluation = show.advance
     for name, measure in built.items():
         given = {**measures.MEASURES[name].options(), **options[name]}
-        yield name, _record(name, measure, objective, theta, setting, show) | {"options": given}
+        record = _record(name, measure, objective, theta, setting, deflated[name], show)
+        yield name, record | {"options": given, "deflate": deflated[name]}
+
+
+def _is_trace(measure: measures.Measured) -> bool:
+    return isinstance(measure, Measure) and is_trace(measure.directions, measure.profile, measure.reduce)
 
 
 def _record(
-    name: str, measure: measures.Measured, objective: Objective, theta: Params, setting: Setting, show: Any
+    name: str, measure: measures.Measured, objective: Objective, theta: Params, setting: Setting, deflate: int,
+    show: Any,
 ) -> dict[str, Any]:
     show.note(name)
     so_far: list[Estimate] = []
@@ -255,7 +271,7 @@ def _record(
             show.note(f"{name} {estimate.value:.4g} ± {estimate.half_width:.1g}")
 
     started, interrupted = time.perf_counter(), False
-    sampling = measures.Sampling(setting.target, setting.promote, keep)
+    sampling = Sampling(setting.target, setting.promote, keep, deflate=deflate)
     with exact_norms(objective.module) if setting.exact else nullcontext():
         try:
             estimate = measure(objective, theta, P.seeded(setting.seed, P.first(theta).device), sampling)
@@ -264,7 +280,7 @@ def _record(
                 raise
             estimate, interrupted = so_far[0], True
     seconds = time.perf_counter() - started
-    show.advance(max(0, measure.cost() - sum(estimate.evaluations.values())) * objective.batches_seen)
+    show.advance(max(0, deflate + measure.cost() - sum(estimate.evaluations.values())) * objective.batches_seen)
     return record_of(estimate) | {"seconds": seconds, "exact_norms": setting.exact, "interrupted": interrupted}
 
 

@@ -94,6 +94,30 @@ def test_engines_agree(run: Any, finished: Path) -> None:
     refused(run("measure", finished, "--engine", "warp"), "loop")
 
 
+def test_only_calls_at_several_points_have_an_engine(
+    run: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trace is made of Hessian products alone; three draws are too few for a choice and left to the loop."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    common = ["measure", finished, "--measure", "gaussian", "--measure", "hessian_trace", "--set", "draws=3"]
+    done = run(*common, "--engine", "auto", "--verbose")
+    assert done.code == 0
+    assert [line for line in done.err.splitlines() if ": " in line][-2:] == [
+        "gaussian: loop (chosen)", "hessian_trace: –"
+    ]
+
+
+def test_a_trace_is_deflated(run: Any, finished: Path) -> None:
+    common = ["measure", finished, "--measure", "gaussian", "--measure", "hessian_trace", "--set", "draws=4", "--json"]
+    plain, found = results(run(*common)), results(run(*common, "--deflate", "10"))
+    assert found["hessian_trace"]["evaluations"]["products"] == plain["hessian_trace"]["evaluations"]["products"] + 10
+    assert found["hessian_trace"]["stderr"] < plain["hessian_trace"]["stderr"]
+    assert {name: record["deflate"] for name, record in found.items()} == {"gaussian": 0, "hessian_trace": 10}
+    assert found["gaussian"]["value"] == plain["gaussian"]["value"]
+    refused(run("measure", finished, "--measure", "gaussian", "--deflate", "10"), "hessian_trace or relative_trace")
+    refused(run("measure", finished, "--deflate", "-1"), "deflate")
+
+
 @pytest.mark.parametrize("arguments", [["--batch-size", "1"], ["--batch-size", "0"], ["--model-set", "width"],
                                        ["--model-set", "width=3"], ["--seed", "9" * 30]])
 def test_bad_settings_are_refused(run: Any, finished: Path, arguments: list[str]) -> None:
