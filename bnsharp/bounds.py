@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.geometry import Frame, JointBall, PartitionBall
 from bnsharp.lanczos import Ritz, top_eigenpair
 from bnsharp.laws import Sphere
-from bnsharp.profiles import Anchor, Profile
+from bnsharp.profiles import Profile
 from bnsharp.types import Params
 
 FIRST_ORDER = 0.1

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.balls import JointBall
 from bnsharp.directions import Directions, Draw
 from bnsharp.errors import InputError
 from bnsharp.geometry import Frame
 from bnsharp.lanczos import Basis, krylov_basis
 from bnsharp.laws import Gaussian, Rademacher, Sphere
-from bnsharp.profiles import Anchor, Curvature, Profile
+from bnsharp.profiles import Curvature, Profile
 from bnsharp.reduce import Mean, Reduce
 from bnsharp.types import Evaluated, Params
 

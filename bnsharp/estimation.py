@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.balls import JointBall
 from bnsharp.bounds import upper_bound
 from bnsharp.checks import one_of, positive, whole
@@ -23,7 +24,7 @@ from bnsharp.errors import InputError, NotDifferentiableError, NotFiniteError
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Frame, Geometry
 from bnsharp.precision import CHECKED, rounding_error
-from bnsharp.profiles import Anchor, Profile
+from bnsharp.profiles import Profile
 from bnsharp.reduce import Reduce
 from bnsharp.scores import ExactScore
 from bnsharp.types import Estimate, Evaluated, Found, Params

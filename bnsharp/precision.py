@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.choosing import is_out_of_memory
 from bnsharp.evaluation import AbstractObjective
 from bnsharp.geometry import Frame, Geometry
-from bnsharp.profiles import Anchor, Profile
+from bnsharp.profiles import Profile
 from bnsharp.types import Params
 
 CHECKED = 3

@@ -11,13 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor as Anchor
+from bnsharp.anchor import batch_mean
 from bnsharp.checks import at_least
 from bnsharp.convolutions import frugal
 from bnsharp.errors import InputError
@@ -44,57 +46,6 @@ JACKKNIFE = 20
 """Batches are left out in at most this many groups."""
 
 Source = Params | Sequence[Params]
-
-
-class Anchor:
-    """An objective at one θ: the loss, gradient and Hessian there, each evaluated at most once."""
-
-    def __init__(self, objective: AbstractObjective, params: Params, loss: Tensor | None = None,
-                 gradient: Params | None = None):
-        self.objective, self.params = objective, params
-        self._loss, self._gradient = loss, gradient
-        self._hessian: Any = None
-        self._by_batch: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        if self._loss is None:
-            with torch.no_grad():
-                self._loss = self.objective(self.params)
-        return self._loss
-
-    @property
-    def by_batch(self) -> Tensor:
-        """``L_b(θ) [B]``."""
-        if self._by_batch is None and self._loss is not None and self.objective.batches_seen == 1:
-            self._by_batch = self._loss.detach().reshape(1)
-        if self._by_batch is None:
-            with torch.no_grad():
-                weights, losses = self.objective.many_by_batch([self.params])
-            self._by_batch = losses[:, 0]
-            self._loss = _mean(weights, self._by_batch)
-        return self._by_batch
-
-    @property
-    def gradient(self) -> Params:
-        if self._gradient is None:
-            self._loss, self._gradient = self.objective.value_and_grad(self.params)
-        return self._gradient
-
-    def hessian(self, v: Params) -> Params:
-        """``H v``."""
-        return self._products()(v)  # type: ignore[no-any-return]
-
-    def _products(self) -> Any:
-        if self._hessian is None:
-            self._hessian = self.objective.hessian(self.params)
-            if self._gradient is None:  # on a single batch it was needed for the products
-                self._gradient = getattr(self._hessian, "gradient", None)
-        return self._hessian
-
-    def has_graph(self) -> bool:
-        """Whether products share one graph of the gradient: on a single batch."""
-        return getattr(self._products(), "gradient", None) is not None
 
 
 class Profile(ABC):
@@ -150,18 +101,13 @@ class Profile(ABC):
         return False
 
 
-def _mean(weights: Tensor, x: Tensor) -> Tensor:
-    """Weighted mean over dimension 0; a single batch is returned unchanged."""
-    return x[0] if len(x) == 1 else torch.tensordot(weights / weights.sum(), x, dims=1)
-
-
 def _left_out(weights: Tensor, x: Tensor) -> list[Tensor]:
     """Weighted means over dimension 0 with one group of batches left out: none for a single batch."""
     if len(x) == 1:
         return []
     count = min(len(x), JACKKNIFE)
     member = torch.arange(len(x), device=x.device) * count // len(x)
-    return [_mean(weights[member != g], x[member != g]) for g in range(count)]
+    return [batch_mean(weights[member != g], x[member != g]) for g in range(count)]
 
 
 def rounding(loss: Tensor) -> Tensor:
@@ -203,7 +149,7 @@ class Sampled(Profile):
                 return self.combine(mean[0].expand(n), mean[1:].reshape(n, len(t)))
 
             rest = [values(mean)[0] for mean in _left_out(weights, both)]
-            return Evaluated(*values(_mean(weights, both)), torch.stack(rest) if rest else None)
+            return Evaluated(*values(batch_mean(weights, both)), torch.stack(rest) if rest else None)
 
     def differentiate(
         self, anchor: Anchor, v: Source, theta: bool = False
@@ -367,7 +313,7 @@ class Curvature(Profile):
 def _evaluate_form(anchor: Anchor, v: Source, form: QuadraticForm) -> Evaluated:
     weights, both = anchor.objective.forms_by_batch(anchor.params, v, form)  # [B, n, 2]
     rest = [x[:, 0] for x in _left_out(weights, both.detach())]
-    return _evaluated(_mean(weights, both.detach()), torch.stack(rest) if rest else None)
+    return _evaluated(batch_mean(weights, both.detach()), torch.stack(rest) if rest else None)
 
 
 def _evaluated(forms: Tensor, left_out: Tensor | None = None) -> Evaluated:
@@ -389,7 +335,7 @@ class GaussNewton(Profile):
     def __call__(self, objective: AbstractObjective | LossFunction, params: Params, v: Source) -> Tensor:
         objective = as_objective(objective)
         weights, values = objective.forms_by_batch(params, v, _difference_form)
-        return _mean(weights, values)[:, 0]
+        return batch_mean(weights, values)[:, 0]
 
     def evaluate(self, anchor: Anchor, v: Source) -> Evaluated:
         return _evaluate_form(anchor, v, gauss_newton_form)

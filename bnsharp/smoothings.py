@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.balls import JointBall
 from bnsharp.checks import at_least, flag, positive, whole
 from bnsharp.errors import InputError
@@ -17,7 +18,7 @@ from bnsharp.laws import Gaussian
 from bnsharp.measures import Measure
 from bnsharp.penalties import unknown_value
 from bnsharp.penalty_gradients import weighted
-from bnsharp.profiles import Anchor, Rise
+from bnsharp.profiles import Rise
 from bnsharp.reduce import Reduce, derivative
 from bnsharp.scores import SecantScore
 from bnsharp.starts import count, counted, fraction

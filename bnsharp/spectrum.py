@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.checks import positive, whole
 from bnsharp.estimation import DEFAULT_SEED, check
 from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.geometry import Euclidean, Geometry
 from bnsharp.lanczos import spectral_nodes
 from bnsharp.laws import Rademacher
-from bnsharp.profiles import Anchor
 from bnsharp.types import Params
 
 

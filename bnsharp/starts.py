@@ -13,10 +13,10 @@ from typing import ClassVar, Protocol
 import torch
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.checks import at_least
 from bnsharp.errors import InputError
 from bnsharp.geometry import BoxBall, Frame
-from bnsharp.profiles import Anchor
 from bnsharp.types import Params, State
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnsharp import Engine, Estimate, InputError, Measure, Objective, ScaleGroups, measures
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.composites import LargestRadius, OnCriterion, normalized_logits, zero_one
 from bnsharp.directions import Ascend, Draw, Given, Own
 from bnsharp.estimation import LONGEST, ROUND, Sampling
@@ -21,7 +22,7 @@ from bnsharp.forms import gauss_newton_form, hessian_form
 from bnsharp.geometry import Elementwise, Euclidean, Geometry, GroupBall, JointBall
 from bnsharp.laws import Gaussian
 from bnsharp.maps import NeuronMix, Subspace
-from bnsharp.profiles import Anchor, Rise
+from bnsharp.profiles import Rise
 from bnsharp.reduce import Maximum, Mean
 from bnsharp.types import Params
 

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("partition", "modes", "lanczos", "composed", "loopstate", "distributed"),  # groups; modes; where a run is
     ("forms", "synchronised", "pointwise"),  # quadratic forms, losses of one batch; batch statistics over ranks
     ("evaluation", "probing"),  # how losses are evaluated; how groups are found: the insides of objective and groups
-    ("balls",),  # sets of unit directions
+    ("anchor", "balls"),  # an objective at one θ; sets of unit directions
     ("objective", "groups", "geometry", "maps", "laws", "reduce"),
     ("profiles", "channels", "averages", "passes"),  # channels: who writes and reads them; passes of a training step
     ("directions", "scores", "transformations", "training_objective"),  # maps that keep the function

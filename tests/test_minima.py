@@ -17,12 +17,13 @@ from torch import Tensor
 
 from bnsharp import Measure, Objective, ScaleGroups, measures
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.bounds import multiplier_bound
 from bnsharp.directions import Draw, Given
 from bnsharp.estimation import ROUNDING, Sampling
 from bnsharp.geometry import Euclidean, Geometry, GroupBall, GroupNorms, Groupwise, JointBall
 from bnsharp.laws import Ball, Box, Gaussian, Rademacher, Sphere, Uniform
-from bnsharp.profiles import Anchor, Curvature, GaussNewton, Line
+from bnsharp.profiles import Curvature, GaussNewton, Line
 from bnsharp.reduce import Maximum, Mean
 from bnsharp.regularizers import Penalty
 from bnsharp.types import Params

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten
 
 from bnsharp import Measure, Objective, Sampling, ScaleGroups, measures
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.precision import CHECKED, KEPT, OnDemand, rounding_error
-from bnsharp.profiles import Anchor
 
 GROUPS = ScaleGroups({"0.weight": "row"})
 
