@@ -78,7 +78,7 @@ def _opened(
     from bnsharp.errors import InputError
     from bnsharp.experiments.config import parse_setting
     from bnsharp.experiments.networks import LIBRARIES
-    from bnsharp.experiments.run import probe_batch
+    from bnsharp.experiments.objectives import probe_batch
     from bnsharp.experiments.sources import open_source
 
     if not 4 <= examples <= 16:

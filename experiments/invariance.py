@@ -27,7 +27,7 @@ from bnsharp.checks import whole
 from bnsharp.data import ImageData
 from bnsharp.errors import InputError
 from bnsharp.experiments.measuring import doubled
-from bnsharp.experiments.run import objective_of, probe_batch
+from bnsharp.experiments.objectives import objective_of, probe_batch
 from bnsharp.modes import exact_norms, measuring
 from bnsharp.transformations import Transformation, find
 from bnsharp.types import Estimate, Params

@@ -20,7 +20,7 @@ from bnsharp.deflation import is_trace
 from bnsharp.errors import InputError
 from bnsharp.estimation import Measure, Sampling
 from bnsharp.experiments.config import parse_setting
-from bnsharp.experiments.run import MEASURED_AT_ONCE, objective_of, probe_batch
+from bnsharp.experiments.objectives import MEASURED_AT_ONCE, objective_of, probe_batch
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.modes import exact_norms
 from bnsharp.objective import Objective

@@ -16,14 +16,14 @@ import bnsharp
 from bnsharp.algorithms import Algorithm, algorithm, find
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, SUMMARY, RunFolder
 from bnsharp.checkpoint import load as load_checkpoint
-from bnsharp.checks import flag, unknown, whole
+from bnsharp.checks import flag, unknown
 from bnsharp.data import ImageData, epoch_indices, load
 from bnsharp.distributed import SINGLE, SMALLEST_SHARE, Ranks, own_device
 from bnsharp.errors import InputError
 from bnsharp.experiments import recipe, recording, tracking
 from bnsharp.experiments.config import DATA_OPTIONS, RunConfig
 from bnsharp.experiments.networks import network
-from bnsharp.experiments.recipe import criterion
+from bnsharp.experiments.objectives import MEASURED_AT_ONCE, objective_of, probe_batch
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.objective import Objective
 from bnsharp.params import parameters
@@ -95,11 +95,6 @@ def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = N
     if not isinstance(options.get("root", ""), str):
         raise InputError(f"root={options['root']!r}; expected a folder")
     return load(config.data, seed=config.split_seed, progress=progress, **options).to(device_of(config))
-
-
-def probe_batch(data: ImageData, n: int = 16) -> Tensor:
-    """Inputs on which scale groups are looked for."""
-    return data.train_set(min(n, len(data.train_labels)))[0]
 
 
 def prepare(config: RunConfig, data: ImageData | None = None,
@@ -368,51 +363,3 @@ def load_state(module: nn.Module, state: Any, where: str) -> None:
             raise InputError(f"{where} {label} {', '.join(map(repr, names[:4]))}{' …' if len(names) > 4 else ''}; "
                              f"expected the parameters of {type(module).__name__}")
     module.load_state_dict(state)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The first ``n`` training examples in consecutive batches, normalised one batch at a time; can be iterated again.
-
-    A last batch of one example, which has no statistics of its own, joins the one before it.
-    """
-
-    data: ImageData
-    n: int
-    size: int
-
-    def __len__(self) -> int:
-        return len(self._bounds())
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start, stop in self._bounds():
-            yield self.data.normalize(self.data.train_images[start:stop]), self.data.train_labels[start:stop]
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        starts = list(range(0, self.n, self.size))
-        if len(starts) > 1 and self.n - starts[-1] == 1:
-            starts.pop()
-        return list(zip(starts, [*starts[1:], self.n], strict=True))
-
-
-MEASURED_AT_ONCE = 2000
-"""Examples in a batch when measuring, unless told otherwise: a small data set is one batch."""
-
-
-def objective_of(
-    module: nn.Module, data: ImageData, n: int | None = None, *, statistics: str = "batch",
-    dtype: torch.dtype | None = None, batch_size: int | None = None, engine: str = "loop",
-) -> Objective:
-    """The loss on the first ``n`` training examples (all by default), in one batch or streamed in several.
-
-    Raises:
-        InputError: more examples than there are, or none.
-    """
-    total = len(data.train_labels)
-    n = total if n is None else whole("examples", n)
-    if n > total:
-        raise InputError(f"examples={n}; {data.name} has {total} training examples: lower it")
-    if batch_size is not None and n > whole("batch_size", batch_size, 2):
-        return Objective(module, criterion, Batches(data, n, batch_size), statistics=statistics, engine=engine)
-    x, y = data.train_set(n)
-    return Objective(module, criterion, (x if dtype is None else x.to(dtype), y), statistics=statistics, engine=engine)

@@ -16,7 +16,8 @@ from helpers import tree
 from test_cli import refused, results
 
 from bnsharp.experiments.measuring import Setting, measure_all, options_for
-from bnsharp.experiments.run import Batches, read_run
+from bnsharp.experiments.objectives import Batches
+from bnsharp.experiments.run import read_run
 from bnsharp.measures import MEASURES
 
 CHEAP = {"steps": 1, "restarts": 0, "draws": 4, "iterations": 5, "certify": 1, "halvings": 6, "pilot": 1, "rise": 0.5}

@@ -16,7 +16,9 @@ from bnsharp.checkpoint import CHECKPOINT, CONFIG, METRICS, PREVIOUS, SUMMARY, T
 from bnsharp.errors import DivergedError, InputError
 from bnsharp.experiments.config import RunConfig, make_config
 from bnsharp.experiments.measuring import Setting, measure_all, options_for
-from bnsharp.experiments.run import criterion, load_state, objective_of, prepare, read_run, train
+from bnsharp.experiments.objectives import objective_of
+from bnsharp.experiments.recipe import criterion
+from bnsharp.experiments.run import load_state, prepare, read_run, train
 from bnsharp.experiments.sources import open_source
 from bnsharp.trainer import evaluate
 

@@ -18,7 +18,8 @@ from bnsharp.errors import InputError, NotFiniteError
 from bnsharp.experiments import tracking
 from bnsharp.experiments.config import RunConfig, make_config
 from bnsharp.experiments.measuring import Setting, measure_all
-from bnsharp.experiments.run import criterion, read_run, train
+from bnsharp.experiments.recipe import criterion
+from bnsharp.experiments.run import read_run, train
 from bnsharp.measures import MEASURES
 from bnsharp.types import TrackingContext
 
