@@ -24,7 +24,7 @@ from bnsharp.types import Params
 
 CHECKED = 3
 """Directions at which a value in low precision is compared with float64."""
-KEPT = 2**14
+KEPT = 2**15
 """Numbers that a dictionary made on demand keeps: small tensors would take longer to make than to use."""
 PRECISIONS = re.compile(r"\b(d?types?|float64|double)\b", re.IGNORECASE)
 """What PyTorch's errors about tensors of unequal or unknown precision say."""

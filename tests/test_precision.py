@@ -70,7 +70,7 @@ class Held(TorchDispatchMode):
         return result
 
 
-def deep_net(layers: int = 24, width: int = 160) -> nn.Sequential:
+def deep_net(layers: int = 24, width: int = 192) -> nn.Sequential:
     """Layers of equal size, each larger than what is kept of small ones."""
     torch.manual_seed(0)
     assert width**2 > KEPT
@@ -85,7 +85,7 @@ def test_one_copy_in_float64_at_a_time(name: str) -> None:
     groups = ScaleGroups({k: "row" for k, p in net.named_parameters() if p.ndim == 2 and p.shape[0] > 3})
     options: dict[str, Any] = {"delta": 0.01, "steps": 1, "nodes": 3} if name == "bn_sharpness" else {"draws": 2}
     measure = measures.build_measure(name, groups if name == "bn_sharpness" else None, **options)
-    x, y = torch.randn(8, 160), torch.randint(3, (8,))
+    x, y = torch.randn(8, 192), torch.randint(3, (8,))
     objective, theta = Objective(net, cross_entropy, (x, y)), P.parameters(net)
     with Held() as held:
         estimate = measure(objective, theta, sampling=Sampling(promote=False))
