@@ -83,7 +83,7 @@ class PartitionBall(ABC):
         """``argmax_{u ∈ ball} ⟨g, u⟩ = g_i/‖g_i‖``; ``fill()`` for perturbed groups with a negligible gradient."""
         partition = self.partition(g)
         norms = partition.norms(g)
-        u, missing = partition.normalize(g, norms), norms <= NEGLIGIBLE * norms.sum()
+        u, missing = partition.normalize(g, norms), self.negligible(norms)
         if bool(missing.any()):
             missing = missing & self.active(scale, g)
             if bool(missing.any()):
@@ -91,10 +91,14 @@ class PartitionBall(ABC):
                 return P.pmap(lambda a, b, m: torch.where(m, b, a), u, fill(), mask)
         return u
 
+    def negligible(self, norms: Tensor) -> Tensor:
+        """Which groups' gradients, of these norms in unit coordinates, are negligible: bool ``[*, K]``."""
+        return norms <= NEGLIGIBLE * norms.sum()
+
     def tangent(self, u: Params, g: Params) -> Params:
         """``g_i − ⟨u_i, g_i⟩ u_i``: the Riemannian gradient on the product of unit spheres, for ``‖u_i‖ = 1``."""
         partition = self.partition(u)
-        return P.pmap(lambda a, d, b: a - d * b, g, partition.spread(partition.dots(u, g), u), u)
+        return partition.moved(g, -partition.dots(u, g), u)
 
     def retract(self, u: Params) -> Params:
         """``u_i / ‖u_i‖``: back to the product of unit spheres."""

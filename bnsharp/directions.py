@@ -26,7 +26,10 @@ from bnsharp.types import Evaluated, Found, Params, Scored
 
 
 class SearchScore(Protocol):
-    """What a search maximises, and the gradient ``∂L/∂u`` at ``u = 0`` from which it starts."""
+    """What a search maximises, and the gradient ``∂L/∂u`` at ``u = 0`` from which it starts.
+
+    One that scores a single point u as well, without a batch dimension, says so by ``takes_points = True``.
+    """
 
     def slope(self) -> Params: ...
 
@@ -134,7 +137,7 @@ class Own(Fixed):
 
 @dataclass(frozen=True)
 class Climb:
-    """Where a batch of searches stands: the current and the best points with their scores."""
+    """Where a batch of searches (or one, without a batch dimension) stands: current and best points, their scores."""
 
     u: Params
     scored: Scored
@@ -216,15 +219,22 @@ class Ascend(Fixed):
         first = frame.steepest(score.slope(), sphere) if self.begin is None else self.begin
         return [first, *(frame.ball.power(s, s) for s in (sphere() for _ in range(self.restarts)))]
 
+    def shifted(self, gradient: Params, factor: float, frame: Frame, generator: torch.Generator) -> Params | None:
+        """``θ + factor·v`` for the steepest v of ``∂L/∂v``; None where there is more to do than to take that."""
+        if self.steps or self.restarts or self.begin is not None:
+            return None
+        return frame.summit(gradient, factor, lambda: Sphere()(frame.ball, frame.like, generator))
+
     def __call__(self, score: SearchScore, frame: Frame, generator: torch.Generator) -> Found:
         starts = self.starts(score, frame, generator)
         if not self.steps and not self.restarts:
             return Found(starts)
-        u = P.stack(starts)
+        n = len(starts)
+        alone = n == 1 and not self.polish and getattr(score, "takes_points", False)  # no batch of one to wrap
+        u = starts[0] if alone else P.stack(starts)
         scored = score(u, last=self.steps == 0)
-        n = len(scored.value)
-        climb = Climb(u, scored, u, scored, scored.value.new_full((n,), self.rate),
-                      *(torch.ones(n, dtype=torch.bool, device=scored.value.device) for _ in range(2)))
+        flags = torch.ones_like(scored.value, dtype=torch.bool)
+        climb = Climb(u, scored, u, scored, torch.full_like(scored.value, self.rate), flags, flags)
         history = [float(climb.best_scored.value.max())]
         for step in range(self.steps):
             if step == self.screen and n > self.keep:
@@ -235,6 +245,9 @@ class Ascend(Fixed):
             history.append(float(climb.best_scored.value.max()))
             if self._settled(history):
                 break
+        if alone:
+            best = replace(climb.best_scored, gradient=None)
+            return Found(P.batch(climb.best), P.batch(best), restarts=(history[-1],))
         restarts = climb.best_scored.value
         if self.polish:
             ends = [_polish(score, frame, climb.select(i[None]), self.polish) for i in torch.arange(climb.count)]
@@ -248,7 +261,7 @@ class Ascend(Fixed):
 
     def walk(self, at: Climb, frame: Frame) -> Params:
         """A Riemannian step from the best point."""
-        return frame.uphill(at.best, at.best_scored.gradient, at.rate, self.coordinates == "ambient")
+        return frame.uphill(at.best, at.best_scored.slope, at.rate, self.coordinates == "ambient")
 
     def _advance(self, climb: Climb, candidate: Params, scored: Scored) -> Climb:
         better = scored.value > climb.best_scored.value
@@ -298,13 +311,13 @@ def _riemannian(search: Ascend, at: Climb, frame: Frame) -> Params:
 
 
 def _power(search: Ascend, at: Climb, frame: Frame) -> Params:
-    return frame.ball.power(at.u, at.scored.gradient)
+    return frame.ball.power(at.u, at.scored.slope)
 
 
 def _alternate(search: Ascend, at: Climb, frame: Frame) -> Params:
     if not bool(at.power.any()):
         return search.walk(at, frame)
-    jump = frame.ball.power(at.best, at.best_scored.gradient)
+    jump = frame.ball.power(at.best, at.best_scored.slope)
     return jump if bool(at.power.all()) else P.where(at.power, jump, search.walk(at, frame))
 
 

@@ -28,6 +28,7 @@ from bnsharp.balls import (
 )
 from bnsharp.checks import at_least, one_of, positive
 from bnsharp.errors import InputError
+from bnsharp.partition import Partition
 from bnsharp.types import Params
 
 __all__ = [
@@ -51,6 +52,10 @@ class Constant:
     def __call__(self, params: Params) -> Params:
         return P.pmap(lambda p: p.new_full((1,) * p.ndim, self.value), params)
 
+    def by_group(self, partition: Partition, params: Params) -> float:
+        """The same on every group."""
+        return self.value
+
 
 @dataclass(frozen=True)
 class GroupNorms:
@@ -65,6 +70,10 @@ class GroupNorms:
     def __call__(self, params: Params) -> Params:
         partition = self.ball.partition(params)
         return partition.spread(self.radius * partition.norms(params), params)
+
+    def by_group(self, partition: Partition, params: Params) -> Tensor | None:
+        """``[K]``, on the ball's own groups."""
+        return self.radius * partition.norms(params) if partition == self.ball.partition(params) else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,11 @@ class Matrices:
 
 
 class Scale(Protocol):
-    """``θ ↦ s(θ)``, tensors that broadcast against each parameter; differentiable in θ: ``v = s(θ) ⊙ u``."""
+    """``θ ↦ s(θ)``, tensors that broadcast against each parameter; differentiable in θ: ``v = s(θ) ⊙ u``.
+
+    One that is constant on each group of a partition may say so by ``by_group(partition, θ)``: its values ``[K]``, or
+    None for groups on which it is not. Steepest points then take one pass over the parameters.
+    """
 
     def __call__(self, params: Params) -> Params: ...
 
@@ -155,17 +168,22 @@ class Frame:
     Attributes:
         params: θ.
         like: a point in the shape of u (θ itself unless the geometry has coordinates of its own).
-        scale: ``s(θ)``; ones for a map that is no diagonal.
+        scale: ``s(θ)``, made when it is needed; ones for a map that is no diagonal.
     """
 
     def __init__(self, geometry: Geometry, params: Params):
         self.geometry, self.params, self.ball = geometry, params, geometry.ball
         self.linear = None if callable(geometry.scale) else geometry.scale
         self.like = params if self.linear is None else self.linear.like(params)
-        if callable(geometry.scale):
-            self.scale = geometry.scale(params)
-        else:
-            self.scale = P.pmap(lambda p: p.new_ones((1,) * p.ndim), self.like)
+
+    @cached_property
+    def scale(self) -> Params:
+        known = self._by_group
+        if isinstance(known, Tensor) and isinstance(self.ball, PartitionBall):
+            return self.ball.partition(self.params).spread(known, self.params)
+        if callable(self.geometry.scale):
+            return self.geometry.scale(self.params)
+        return P.pmap(lambda p: p.new_ones((1,) * p.ndim), self.like)
 
     def place(self, u: Params, factor: float = 1.0) -> Params:
         """``v = factor · s(θ) ⊙ u``."""
@@ -174,23 +192,30 @@ class Frame:
             return P.scaled(_each(lambda item: linear.place(item, self.params), u), factor)
         return self._times(u, factor)
 
-    def _times(self, u: Params, factor: float) -> Params:
-        if factor == 1.0:
-            if P.together(u, self.scale):
-                return P.foreach(torch._foreach_mul, u, self.scale)
-            return P.pmap(lambda a, s: a * s, u, self.scale)
-        return P.pmap(lambda a, s: a * (factor * s), u, self.scale)
+    def _times(self, u: Params, factor: Tensor | float) -> Params:
+        scale = self.scale if isinstance(factor, float) and factor == 1.0 else P.scaled(self.scale, factor)
+        if P.is_plain(u.values(), scale.values()):
+            return P.foreach(torch._foreach_mul, u, scale)
+        return P.pmap(lambda a, s: a * s, u, scale)
+
+    @cached_property
+    def _by_group(self) -> Tensor | float | None:
+        """The scale on each group of the ball, ``[K]``, where it is constant on them."""
+        by_group = getattr(self.geometry.scale, "by_group", None)
+        if by_group is None or not isinstance(self.ball, PartitionBall):
+            return None
+        return by_group(self.ball.partition(self.params), self.params)  # type: ignore[no-any-return]
 
     def points(self, u: Params, factor: float = 1.0) -> Params:
         """``θ + factor · v``, a batch ``[n]`` for a batch u."""
         if self.linear is not None:
             return P.shift(self.params, self.place(u, factor))
-        if P.together(self.params, u, self.scale):
+        if P.is_plain(self.params.values(), u.values(), self.scale.values()):
             return P.foreach(lambda p, a, s: torch._foreach_addcmul(p, a, s, factor), self.params, u, self.scale)
         return P.pmap(lambda p, a, s: torch.addcmul(p, a, s, value=factor), self.params, u, self.scale)
 
-    def pull(self, g: Params, factor: float = 1.0) -> Params:
-        """``∂/∂u`` from ``∂/∂v``: the adjoint of :meth:`place`, which a diagonal scale is itself."""
+    def pull(self, g: Params, factor: Tensor | float = 1.0) -> Params:
+        """``∂/∂u`` from ``∂/∂v``, times a number: the adjoint of :meth:`place`, which a diagonal scale is itself."""
         if self.linear is not None:
             linear = self.linear
             return P.scaled(_each(lambda item: linear.pull(item, self.params), g), factor)
@@ -200,13 +225,27 @@ class Frame:
         """``argmax_{u ∈ ball} ⟨g, u⟩`` for ``g = ∂L/∂u``; ``fill()`` where the gradient is negligible."""
         return self.ball.steepest(g, self.scale, fill)
 
+    def summit(self, g: Params, factor: float, fill: Callable[[], Params]) -> Params:
+        """``θ + factor · v``, v the perturbation along which a loss with gradient ``g = ∂L/∂v`` rises most."""
+        scale = self._by_group
+        if scale is not None and isinstance(self.ball, PartitionBall) and P.is_plain(g.values()):
+            partition = self.ball.partition(self.params)
+            norms = partition.norms(g)
+            if not self.ball.negligible(scale * norms).any():
+                return partition.moved(self.params, factor * scale / norms, g)
+        return self.points(self.steepest(self.pull(g), fill), factor)
+
     @cached_property
     def size(self) -> Tensor:
         """``√K``, K the number of groups (coordinates, for a box) that are perturbed: the length of u."""
+        if isinstance(self._by_group, Tensor):
+            return (self._by_group > 0).sum().sqrt()
         return self.ball.count(self.scale, self.like).sqrt()
 
     def uphill(self, u: Params, g: Params, rate: Tensor, ambient: bool = False) -> Params:
-        """One Riemannian step of u ``[n]`` along the score's gradient ``g = ∂/∂u``, retracted onto the ball.
+        """One Riemannian step of u along the score's gradient ``g = ∂/∂u``, retracted onto the ball.
+
+        u is a batch ``[n]`` with as many rates, or one point.
 
         ``u_i + η√K g_i/‖g‖`` with g the tangent gradient; ``ambient``: the same step on v with one scalar step size,
         ``v + η‖v‖ ∇_v/‖∇_v‖``, which is not equivariant under ``T_a``.
@@ -218,7 +257,8 @@ class Frame:
             slope = P.pmap(lambda a, r: a * r, move, inverse)  # with respect to v
             norm, length = P.norm(slope), P.norm(self.place(u))
             move = P.pmap(lambda a, r: a * r, slope, inverse)  # back in unit coordinates
-        return self.ball.retract(P.shift(u, P.times(P.safe_divide(rate * length, norm), move)))
+        step = P.safe_divide(rate * length, norm)
+        return self.ball.retract(P.shift(u, P.times(step, move)) if step.ndim else P.shift(u, move, step))
 
 
 def _each(fn: Callable[[Params], Params], x: Params) -> Params:

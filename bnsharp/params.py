@@ -7,7 +7,7 @@ A parameter dictionary is a flat :class:`tensordict.TensorDict` whose keys are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -102,9 +102,15 @@ def stack(items: Sequence[Params]) -> Params:
     return make({k: torch.stack([p[k] for p in items]) for k in keys}, (len(items),))
 
 
-def batch(params: Params) -> Params:
-    """View one point as a batch of one."""
-    return make({k: v.unsqueeze(0) for k, v in params.items()}, (1,))
+def batch(params: Any) -> Any:
+    """View one point as a batch of one: tensors, nested dictionaries of them, or dataclasses that hold both."""
+    if isinstance(params, Tensor):
+        return params.unsqueeze(0)
+    if params is None:
+        return None
+    if is_dataclass(params) and not isinstance(params, type):
+        return replace(params, **{f.name: batch(getattr(params, f.name)) for f in fields(params)})
+    return make({k: batch(v) for k, v in params.items()}, (1,))
 
 
 def count(source: Any) -> int:
@@ -140,9 +146,12 @@ def shift(params: Params, v: Params, t: Tensor | float = 1.0) -> Params:
     """``θ + t v``; ``v`` may be a batch ``[n]``."""
     if isinstance(t, float) and t == 1.0:
         return pmap(lambda p, d: p + d, params, v)
+    plain = is_plain(params.values(), v.values())
     if isinstance(t, Tensor):
+        if plain and not t.requires_grad:
+            return foreach(lambda p, d: torch._foreach_addcmul(p, d, [t.to(x.dtype) for x in p]), params, v)
         return pmap(lambda p, d: torch.addcmul(p, d, t.to(p.dtype)), params, v)
-    if together(params, v):
+    if plain:
         return foreach(lambda p, d: torch._foreach_add(p, d, alpha=t), params, v)
     return pmap(lambda p, d: torch.add(p, d, alpha=t), params, v)
 
@@ -160,6 +169,8 @@ def unflatten(vector: Tensor, like: Params) -> Params:
 
 def scaled(params: Params, factor: Tensor | float) -> Params:
     """``c θ``."""
+    if is_plain(params.values()) and not (isinstance(factor, Tensor) and factor.requires_grad):
+        return foreach(lambda x: torch._foreach_mul(x, factor), params)
     return pmap(lambda p: factor * p, params)
 
 
@@ -183,16 +194,17 @@ def combine(a: Tensor | float, x: Params, b: Tensor | float, y: Params) -> Param
     """``a x + b y``."""
     if isinstance(a, float) and a == 1.0:
         return shift(x, y, b)
-    if isinstance(a, float) and isinstance(b, float) and x.batch_size == y.batch_size and together(x, y):
+    plain = x.batch_size == y.batch_size and is_plain(x.values(), y.values())
+    if plain and isinstance(a, float) and isinstance(b, float):
         ax = foreach(lambda p: torch._foreach_mul(p, a), x)
         torch._foreach_add_(list(ax.values()), [y[k] for k in x.keys()], alpha=b)
         return ax
     return pmap(lambda p, q: a * p + b * q, x, y)
 
 
-def times_difference(c: Tensor, x: Params, y: Params) -> Params:
+def times_difference(c: Tensor | float, x: Params, y: Params) -> Params:
     """``c (x − y)`` for a scalar c."""
-    if x.batch_size == y.batch_size and together(x, y):
+    if x.batch_size == y.batch_size and is_plain(x.values(), y.values()):
         difference = foreach(torch._foreach_sub, x, y)
         torch._foreach_mul_(list(difference.values()), c)
         return difference
@@ -210,6 +222,14 @@ def pullback(fn: Callable[[Params], Params], params: Params, covector: Params) -
     return make(dict(zip(leaves, grads, strict=True)))
 
 
+def lerp(x: Params, y: Params, c: Tensor | float) -> Params:
+    """``x + c (y − x)`` for a scalar c; y at c = 1."""
+    if is_plain(x.values(), y.values()):
+        weight = c if isinstance(c, float) else [c.to(v.dtype) for v in x.values()]
+        return foreach(lambda p, q: torch._foreach_lerp(p, q, weight), x, y)
+    return pmap(lambda p, q: torch.lerp(p, q, c if isinstance(c, float) else c.to(p.dtype)), x, y)
+
+
 def zeros_like(params: Params) -> Params:
     """Zeros in the shape of ``params``."""
     return pmap(torch.zeros_like, params)
@@ -224,11 +244,6 @@ def where(condition: Tensor, x: Any, y: Any) -> Any:
     if isinstance(x, Tensor):
         return torch.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
     return make({k: where(condition, x[k], y[k]) for k in x.keys()}, x.batch_size)
-
-
-def together(*params: Params) -> bool:
-    """Whether plain tensors (:func:`is_plain`) may share operations over all their tensors."""
-    return not transforming() and not any(v.requires_grad for p in params for v in p.values())
 
 
 def foreach(operation: Callable[..., Any], *params: Params) -> Params:
@@ -249,9 +264,9 @@ def is_wrapped(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def is_plain(tensors: Sequence[Tensor]) -> bool:
+def is_plain(*groups: Iterable[Tensor]) -> bool:
     """Whether nothing is recorded or transformed: then several tensors may share one operation."""
-    return not transforming() and not any(t.requires_grad for t in tensors)
+    return not transforming() and not any(t.requires_grad for tensors in groups for t in tensors)
 
 
 def dot(x: Params, y: Params) -> Tensor:
@@ -277,6 +292,11 @@ def norm(x: Params) -> Tensor:
             return total_norm(values)
     parts = [torch.linalg.vector_norm(v.reshape(*v.shape[:lead], -1), dim=-1) for v in x.values()]
     return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
+def distance(x: Params, y: Params) -> Tensor:
+    """``‖x − y‖`` over all parameters: ``[]``; the difference of one tensor is held at a time."""
+    return torch.linalg.vector_norm(torch.stack([torch.dist(v, y[k]) for k, v in x.items()]))
 
 
 def safe_divide(x: Tensor, y: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 import torch
@@ -43,7 +43,7 @@ class Partition:
     @staticmethod
     def joint(names: Iterable[str]) -> Partition:
         """All parameters as one group."""
-        return Partition((Group("joint", tuple(names), 1),))
+        return _joint(tuple(names))
 
     def check(self, like: Params) -> None:
         """Raise :class:`InputError` unless every group fits ``like``."""
@@ -84,11 +84,22 @@ class Partition:
 
     def dots(self, x: Params, y: Params) -> Tensor:
         """``⟨x_i, y_i⟩`` per group: ``[*, K]``."""
+        if not x.batch_size and not y.batch_size and P.is_plain(x.values(), y.values()):
+            return self._plain_dots(dict(x.items()), dict(y.items()))
         return self.sums(P.pmap(lambda a, b: a * b, x, y))
+
+    def _plain_dots(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+        """:meth:`dots` at one point without derivatives: no product is written out."""
+        out = []
+        for group in self.groups:
+            pairs = [(x[name].reshape(group.blocks, -1), y[name].reshape(group.blocks, -1)) for name in group.members]
+            parts = [torch.linalg.vecdot(a, b) for a, b in pairs]
+            out.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+        return torch.cat(out) if out else next(iter(x.values())).new_zeros(0)
 
     def norms(self, x: Params) -> Tensor:
         """``‖x_i‖`` per group, with zero gradient at zero: ``[*, K]``."""
-        if x.batch_size in ((), (1,)) and self.groups and P.is_plain(list(x.values())):
+        if x.batch_size in ((), (1,)) and self.groups and P.is_plain(x.values()):
             norms = self._plain_norms({k: v[0] for k, v in x.items()} if x.batch_size else dict(x.items()))
             return norms.unsqueeze(0) if x.batch_size else norms
         return self._gather(
@@ -97,6 +108,8 @@ class Partition:
 
     def _plain_norms(self, values: Mapping[str, Tensor]) -> Tensor:
         """:meth:`norms` at one point without derivatives: whole tensors share one operation."""
+        if len(self.groups) == 1 and self.groups[0].blocks == 1:
+            return P.total_norm([values[name] for name in self.groups[0].members]).unsqueeze(0)
         whole = [values[name] for group in self.groups if group.blocks == 1 for name in group.members]
         totals, done = torch.stack(torch._foreach_norm(whole)) if whole else None, 0
         out: list[Tensor] = []
@@ -146,9 +159,16 @@ class Partition:
     def scale(self, x: Params, values: Tensor) -> Params:
         """``values_i · x_i`` per group."""
         spread = self.spread(values, x)
-        if P.together(x, spread):
+        if P.is_plain(x.values(), spread.values()):
             return P.foreach(torch._foreach_mul, x, spread)
         return P.pmap(lambda a, s: a * s, x, spread)
+
+    def moved(self, x: Params, values: Tensor, y: Params) -> Params:
+        """``x_i + values_i · y_i`` per group; parameters in no group are unchanged."""
+        spread = self.spread(values, x)
+        if P.is_plain(x.values(), y.values(), spread.values()):
+            return P.foreach(torch._foreach_addcmul, x, y, spread)
+        return P.pmap(torch.addcmul, x, y, spread)
 
     def normalize(self, x: Params, norms: Tensor | None = None) -> Params:
         """``x_i / ‖x_i‖`` per group; groups of norm zero stay zero."""
@@ -158,6 +178,11 @@ class Partition:
         """``x_i − ⟨x_i, y_i⟩ y_i / ‖y_i‖²`` per group; parameters in no group are unchanged."""
         ratio = P.safe_divide(self.dots(x, away_from), self.dots(away_from, away_from))
         return P.pmap(lambda a, r, y: a - r * y, x, self.spread(ratio, x), away_from)
+
+
+@lru_cache(maxsize=64)
+def _joint(names: tuple[str, ...]) -> Partition:
+    return Partition((Group("joint", names, 1),))
 
 
 def _own_shape(like: Params, name: str) -> torch.Size:

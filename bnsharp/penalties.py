@@ -169,15 +169,15 @@ class Penalty:
         loss, gradient = objectives[0].value_and_grad(params)
         anchor = Anchor(objectives[1], params) if len(objectives) > 1 else Anchor(objectives[0], params, loss, gradient)
         slope, state = self._slope(anchor, state, generator)
-        size = P.norm(slope.gradient)
+        size = slope.change.norm()
         factor = weight if self.clip is None else weight * (self.clip / size.clamp(min=self.clip))
         ratio = P.safe_divide(factor * size, P.norm(gradient))
-        total = P.combine(1.0, gradient, factor, slope.gradient)
+        total = slope.change.added_to(gradient, factor)
         return Step(loss, slope.value, total, gradients(objectives) - before, state, ratio, plain=gradient)
 
     def _slope(self, anchor: Anchor, state: State, generator: torch.Generator) -> tuple[Slope, State]:
         """``S``, ``∇S``, and the state after."""
-        take, search = GRADIENTS[self.gradient], Search(self.measure, anchor, generator)
+        take, search = GRADIENTS[self.gradient], Search(self.measure, anchor, generator, keep=self.reuse > 1)
         steps = counted(state) if self.reuse > 1 else 0
         if steps % self.reuse:
             held = Given(unpacked(state, "held", search.frame.like))
@@ -253,9 +253,8 @@ class Averaged:
             raise InputError("a second batch with one gradient per step; expected the loss's own batch alone")
         average, point = unpacked(state, "average", params), params
         if counted(state, "known"):
-            frame = self.measure.geometry.at(params)
-            u = frame.steepest(frame.pull(average), lambda: Sphere()(frame.ball, frame.like, generator))
-            point = frame.points(u, -delta if self.descent else delta)
+            frame, factor = self.measure.geometry.at(params), -delta if self.descent else delta
+            point = frame.summit(average, factor, lambda: Sphere()(frame.ball, frame.like, generator))
         loss, gradient = objectives[0].value_and_grad(point)
         average = P.combine(self.averaging, average, 1 - self.averaging, gradient)
         nothing = unknown_value(loss)

@@ -18,7 +18,7 @@ from bnsharp.directions import Directions
 from bnsharp.geometry import Frame
 from bnsharp.measures import Measure
 from bnsharp.profiles import Anchor
-from bnsharp.reduce import derivative
+from bnsharp.reduce import Reduce, derivative, is_identity
 from bnsharp.scores import ExactScore, SecantScore
 from bnsharp.types import Found, Params, Scored
 
@@ -33,6 +33,7 @@ class Search:
         generator: source of random directions.
         directions: in place of the measure's own (a direction that is used again); None takes those.
         slope: in unit coordinates, where an ascent starts; None is the loss's own slope.
+        keep: whether the direction itself is wanted afterwards.
     """
 
     measure: Measure
@@ -40,11 +41,19 @@ class Search:
     generator: torch.Generator
     directions: Directions | None = None
     slope: Params | None = None
+    keep: bool = True
 
     @cached_property
     def frame(self) -> Frame:
         """The measure's geometry at θ."""
         return self.measure.geometry.at(self.anchor.params)
+
+    def summit(self, factor: float) -> Params | None:
+        """``θ + factor·v`` where v is not searched for and not wanted itself; else None."""
+        shifted = getattr(self.directions or self.measure.directions, "shifted", None)
+        if shifted is None or self.keep or self.slope is not None:
+            return None
+        return shifted(self.anchor.gradient, factor, self.frame, self.generator)  # type: ignore[no-any-return]
 
     def directed(self, score: SecantScore | ExactScore) -> Found:
         """Directions, scored where they were searched."""
@@ -61,18 +70,63 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """``∇S`` as it is."""
+
+    dense: Params
+
+    def norm(self) -> Tensor:
+        return P.norm(self.dense)
+
+    def added_to(self, gradient: Params, factor: Tensor | float) -> Params:
+        """``gradient + factor·∇S``."""
+        return P.combine(1.0, gradient, factor, self.dense)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``∇S = c (far − near)``, two gradients: a step needs only its sum with one of them, and its norm."""
+
+    c: Tensor | float
+    far: Params
+    near: Params
+
+    @cached_property
+    def dense(self) -> Params:
+        return P.times_difference(self.c, self.far, self.near)
+
+    def norm(self) -> Tensor:
+        size = self.c.abs() if isinstance(self.c, Tensor) else abs(self.c)
+        return size * P.distance(self.far, self.near)
+
+    def added_to(self, gradient: Params, factor: Tensor | float) -> Params:
+        """``gradient + factor·∇S``; ``far`` itself where that is the sum."""
+        if gradient is self.near:
+            return P.lerp(self.near, self.far, factor * self.c)
+        return P.combine(1.0, gradient, factor, self.dense)
+
+
+@dataclass(frozen=True)
 class Slope:
-    """``S`` and ``∇S``, with the directions they were taken from and their scores (None for a single one)."""
+    """``S`` and ``∇S``, with the directions they were taken from and their scores (None for a single one).
+
+    ``directions`` is None where the direction was not kept (:attr:`Search.keep`).
+    """
 
     value: Tensor
-    gradient: Params
+    change: Whole | Difference
     directions: Any
     scored: Scored | None
 
     @property
+    def gradient(self) -> Params:
+        """``∇S``."""
+        return self.change.dense
+
+    @property
     def u(self) -> Params | None:
-        """The sharpest direction, None where directions are drawn on demand."""
-        if isinstance(self.directions, P.Lazy):
+        """The sharpest direction, None where it was not kept or directions are drawn on demand."""
+        if self.directions is None or isinstance(self.directions, P.Lazy):
             return None
         return P.pick(self.directions, 0 if self.scored is None else int(self.scored.value.argmax()))
 
@@ -105,20 +159,34 @@ def _secant(search: Search) -> tuple[SecantScore, Found, Scored]:
     return score, *search.find(score)
 
 
+def _of_one(reduce: Reduce, f: Tensor, slope: float) -> tuple[Tensor, Tensor | float]:
+    """The reduced value of ``slope·f`` alone, and its derivative with respect to f."""
+    score = slope * f
+    if is_identity(reduce):
+        return score, slope
+    value, w = derivative(reduce, score.unsqueeze(0))
+    return value, w[0] * slope
+
+
 def _two_point(search: Search) -> Slope:
     """``κ·sign(f(δ))·(∇L(θ+δv) − ∇L(θ))``: the gradient of ``κ|f(δ)|`` with v constant."""
     score = SecantScore(search.measure.profile, search.frame, search.anchor, search.slope)
-    found = search.directed(score)
-    if found.scored is None and isinstance(found.u, list) and len(found.u) == 1:
-        f, sign, gradient = score.at(found.u[0])
-        value, w = derivative(search.measure.reduce, (score.kappa * sign * f).unsqueeze(0))
-        r = P.times_difference(w[0] * score.kappa * sign, gradient, search.anchor.gradient)
-        return Slope(value, r, found.u, None)
+    point = search.summit(score.delta)
+    found = search.directed(score) if point is None else Found(None)
+    if point is None and found.scored is None and isinstance(found.u, list) and len(found.u) == 1:
+        point = search.frame.points(found.u[0], score.delta)
+    if point is not None:
+        f, sign, gradient = score.at(point)
+        value, c = _of_one(search.measure.reduce, f, score.kappa * sign)
+        return Slope(value, Difference(c, gradient, search.anchor.gradient), found.u, None)
     scored = search.scored(score, found)
     value, w = derivative(search.measure.reduce, scored.value)
     c = w * score.kappa * scored.extra["sign"]
+    if len(c) == 1:
+        far = P.pick(scored.extra["gradient"], 0)
+        return Slope(value, Difference(c[0], far, search.anchor.gradient), found.u, scored)
     r = P.combine(1.0, weighted(c, scored.extra["gradient"]), -c.sum(), search.anchor.gradient)
-    return Slope(value, r, found.u, scored)
+    return Slope(value, Whole(r), found.u, scored)
 
 
 def _central(search: Search) -> Slope:
@@ -129,13 +197,13 @@ def _central(search: Search) -> Slope:
     odd = scored.extra["rise"] - other.extra["rise"]
     sign = torch.where(odd < 0, -1.0, 1.0).to(odd.dtype) if score.profile.absolute else torch.ones_like(odd)
     half = P.combine(0.5, scored.extra["gradient"], -0.5, other.extra["gradient"])
-    return Slope(value, weighted(w * score.kappa * sign, half), found.u, scored)
+    return Slope(value, Whole(weighted(w * score.kappa * sign, half)), found.u, scored)
 
 
 def _tangent(search: Search) -> Slope:
     """The two-point gradient without its component along θ_i on every scale-invariant group."""
     slope, params = _two_point(search), search.anchor.params
-    return replace(slope, gradient=search.measure.geometry.ball.invariant(params).project(slope.gradient, params))
+    return replace(slope, change=Whole(search.measure.geometry.ball.invariant(params).project(slope.gradient, params)))
 
 
 def _exact(search: Search) -> Slope:
@@ -153,7 +221,7 @@ def _exact(search: Search) -> Slope:
                 anchor.params, P.pick(scored.extra["d_v"], i),
             )
             r = P.combine(1.0, r, wi, moved)
-    return Slope(value, r, found.u, scored)
+    return Slope(value, Whole(r), found.u, scored)
 
 
 GRADIENTS: dict[str, Callable[[Search], Slope]] = {

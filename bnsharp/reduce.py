@@ -20,12 +20,17 @@ class Reduce(Protocol):
 
 def derivative(reduce: Reduce, values: Tensor) -> tuple[Tensor, Tensor]:
     """The reduced value and its derivative ``w [n]`` with respect to each value."""
-    if type(reduce) in _OF_ONE_THE_SAME and len(values) == 1:  # a class derived from them may be another function
+    if len(values) == 1 and is_identity(reduce):
         return values[0], torch.ones_like(values)
     leaf = values.detach().requires_grad_()
     with torch.enable_grad():
         value = reduce(leaf)[0]
     return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def is_identity(reduce: Reduce) -> bool:
+    """Whether the reduced value of a single one is known to be that value."""
+    return type(reduce) in _OF_ONE_THE_SAME  # a class derived from them may be another function
 
 
 def _mean_stderr(values: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +49,8 @@ class ExactScore:
 class SecantScore:
     """``κ|f(δ)|`` (or ``κ f(δ)``) as what a search maximises: one gradient per direction, kept for the step."""
 
+    takes_points = True
+
     def __init__(self, profile: Profile, frame: Frame, anchor: Anchor, slope: Params | None = None):
         self.profile, self.frame, self.anchor, self._slope = profile, frame, anchor, slope
         self.kappa, self.delta = profile.secant()
@@ -54,19 +58,22 @@ class SecantScore:
     def slope(self) -> Params:
         return self.frame.pull(self.anchor.gradient) if self._slope is None else self._slope
 
-    def at(self, u: Params) -> tuple[Tensor, Tensor, Params]:
-        """``f(δ)``, its sign as used, and ``∇L(θ+δv)``, for one direction."""
-        loss, gradient = self.anchor.objective.value_and_grad(self.frame.points(u, self.delta))
+    def at(self, point: Params) -> tuple[Tensor, float, Params]:
+        """``f(δ)``, its sign as used, and ``∇L(θ+δv)``, at the point ``θ + δv`` of one direction."""
+        loss, gradient = self.anchor.objective.value_and_grad(point)
         f = loss - self.anchor.loss
-        return f, self._sign(f), gradient
+        return f, -1.0 if self.profile.absolute and bool(f < 0) else 1.0, gradient
 
     def _sign(self, f: Tensor) -> Tensor:
         return torch.where(f < 0, -1.0, 1.0).to(f.dtype) if self.profile.absolute else torch.ones_like(f)
 
     def __call__(self, u: Params, last: bool = False) -> Scored:
-        """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``."""
+        """``extra`` holds ``f(δ) [n]``, its sign as used, and ``∇L(θ+δv) [n]``; without ``n`` for a single point u."""
+        if not u.batch_size:
+            return self._single(u, last)
         if P.count(u) == 1:
-            return self._single(P.pick(u, 0), last)
+            one = self._single(P.pick(u, 0), last)
+            return P.batch(replace(one, gradient=one.slope))  # type: ignore[no-any-return]
         losses, grads = self.anchor.objective.many_value_and_grad(self.frame.points(u, self.delta))
         f = losses - self.anchor.loss
         sign = self._sign(f)
@@ -75,9 +82,9 @@ class SecantScore:
         return Scored(slope * f, d_u, P.make({"rise": f, "sign": sign, "gradient": grads}, (len(f),)))
 
     def _single(self, u: Params, last: bool) -> Scored:
-        """:meth:`__call__` for one direction, as a batch of one."""
-        f, sign, gradient = self.at(u)
+        """:meth:`__call__` for one direction, its gradient as a function: most candidates' is never asked for."""
+        f, sign, gradient = self.at(self.frame.points(u, self.delta))
         slope = self.kappa * sign
-        d_u = None if last else P.batch(P.scaled(self.frame.pull(gradient), self.delta * slope))
-        extra: dict[str, Any] = {"rise": f.unsqueeze(0), "sign": sign.unsqueeze(0), "gradient": P.batch(gradient)}
-        return Scored((slope * f).unsqueeze(0), d_u, P.make(extra, (1,)))
+        d_u = None if last else partial(self.frame.pull, gradient, self.delta * slope)
+        extra: dict[str, Any] = {"rise": f, "sign": torch.full_like(f, sign), "gradient": gradient}
+        return Scored(slope * f, d_u, P.make(extra))

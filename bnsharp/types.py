@@ -152,13 +152,19 @@ class Scored:
 
     Attributes:
         value: ``[n]``.
-        gradient: ``∂value/∂u``, a batch ``[n]``; None after a search's last step, which needs none.
+        gradient: ``∂value/∂u``, a batch ``[n]``, or a function that makes it; None after a search's last step, which
+            needs none.
         extra: what the score's owner wants kept of the best direction, nested batches ``[n]``.
     """
 
     value: Tensor
     gradient: Any
     extra: Any
+
+    @property
+    def slope(self) -> Any:
+        """:attr:`gradient`, made if need be."""
+        return self.gradient() if callable(self.gradient) else self.gradient
 
 
 @dataclass(frozen=True)

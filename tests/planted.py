@@ -390,6 +390,11 @@ class SteepestJointly(Frame):
         return P.scaled(g, 1 / P.norm(g))
 
 
+class SummitOfOneBall(Frame):
+    def summit(self, g: Params, factor: float, fill: Callable[[], Params]) -> Params:
+        return self.points(P.scaled(g, 1 / P.norm(g)), factor)
+
+
 class Downhill(Frame):
     def uphill(self, u: Params, g: Params, rate: Tensor, ambient: bool = False) -> Params:
         return super().uphill(u, g, -rate, ambient)

@@ -147,6 +147,7 @@ GEOMETRY_BUGS: dict[str, Bug] = {
     "joint norm instead of one per group": Bug(
         "steepest_is_steepest", planted.framed(planted.SteepestJointly), Groupwise
     ),
+    "one ball's steepest point": Bug("summit", planted.framed(planted.SummitOfOneBall), Groupwise),
     "retraction that stops halfway": Bug("retract", planted.balled(planted.RetractHalfway), Groupwise),
     "projection forgotten": Bug("tangent", planted.balled(planted.TangentForgotten), Groupwise),
     "walls of the box forgotten": Bug(

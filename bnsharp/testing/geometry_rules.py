@@ -218,6 +218,16 @@ def _steepest_is_steepest(declared: Declared, geometry: Any, params: Params, see
             f"{declared.name}: steepest has ⟨g, u⟩ = {best:.9g}, another direction of the ball {rival:.9g}")
 
 
+def _summit(declared: Declared, geometry: Any, params: Params, seed: int) -> None:
+    frame, g = geometry.at(params), normal(params, seed)
+    fill = declared.on_ball(geometry, params, seed + 1)
+    flat = P.make({k: torch.zeros_like(v) if k == "rows" else v for k, v in g.items()})
+    for what, slope in (("", g), (" where a parameter has no gradient", flat)):
+        _close(declared, frame.summit(slope, 0.3, lambda: fill),
+               frame.points(frame.steepest(frame.pull(slope), lambda: fill), 0.3),
+               f"summit is not the point of the steepest direction{what}")
+
+
 def _retract(declared: Declared, geometry: Any, params: Params, seed: int) -> None:
     ball, w = geometry.ball, P.scaled(normal(declared.like(geometry, params), seed), 1.7)
     once = ball.retract(w)
@@ -333,6 +343,7 @@ RULES: tuple[Rule[Declared], ...] = (
     _rule("finite_at_a_group_of_norm_zero", _norm_zero),
     _rule("steepest_is_feasible", _steepest_is_feasible),
     _rule("steepest_is_steepest", _steepest_is_steepest),
+    _rule("summit", _summit),
     _rule("retract", _retract),
     _rule("tangent", _tangent),
     _rule("tangent_is_first_order", _tangent_is_first_order),
