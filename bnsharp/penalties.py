@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.balls import GroupBall
 from bnsharp.checks import at_least, flag, one_of, positive, whole
 from bnsharp.directions import Ascend, Given
@@ -23,7 +24,6 @@ from bnsharp.evaluation import AbstractObjective, LossFunction, as_objective
 from bnsharp.laws import Sphere
 from bnsharp.measures import DEFAULT_SEED, Measure
 from bnsharp.penalty_gradients import GRADIENTS, Search, Slope
-from bnsharp.profiles import Anchor
 from bnsharp.starts import Start, Steepest, count, counted, fraction, packed, unpacked
 from bnsharp.types import Params, State, Step
 

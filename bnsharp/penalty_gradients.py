@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.directions import Directions
 from bnsharp.geometry import Frame
 from bnsharp.measures import Measure
-from bnsharp.profiles import Anchor
 from bnsharp.reduce import Reduce, derivative, is_identity
 from bnsharp.scores import ExactScore, SecantScore
 from bnsharp.types import Found, Params, Scored

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from bnsharp import params as P
-from bnsharp.anchor import Anchor as Anchor
-from bnsharp.anchor import batch_mean
+from bnsharp.anchor import Anchor, batch_mean
 from bnsharp.checks import at_least
 from bnsharp.convolutions import frugal
 from bnsharp.errors import InputError

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bnsharp import params as P
+from bnsharp.anchor import Anchor
 from bnsharp.geometry import Frame
-from bnsharp.profiles import Anchor, Profile
+from bnsharp.profiles import Profile
 from bnsharp.types import Params, Scored
 
 

@@ -119,7 +119,7 @@ def test_a_curvature_penalty_across_kinks(name: str, dtype: torch.dtype) -> None
     net = copy.deepcopy(p.module).to(dtype)
     objective, theta = Objective(net, p.criterion, (p.x.to(dtype), p.y)), bnsharp.parameters(net)
     _, r = built.penalty(objective, theta, torch.Generator().manual_seed(3))
-    u = P.pick(measure.search(bnsharp.profiles.Anchor(objective, theta), torch.Generator().manual_seed(3)).u, 0)
+    u = P.pick(measure.search(bnsharp.anchor.Anchor(objective, theta), torch.Generator().manual_seed(3)).u, 0)
     plain = nn.Sequential(*[ByHand(m) if isinstance(m, nn.BatchNorm2d) else m for m in copy.deepcopy(p.module)])
     leaves = {k: t.clone().requires_grad_() for k, t in p.params.items()}
     held = {k: t.view_as(t) for k, t in leaves.items()}
