@@ -231,8 +231,12 @@ class Frame:
         if scale is not None and isinstance(self.ball, PartitionBall) and P.is_plain(g.values()):
             partition = self.ball.partition(self.params)
             norms = partition.norms(g)
-            if not self.ball.negligible(scale * norms).any():
+            sizes = scale * norms  # in unit coordinates
+            missing = self.ball.negligible(sizes)
+            if not missing.any():
                 return partition.moved(self.params, factor * scale / norms, g)
+            if not (missing & (scale > 0)).any():  # where the scale is 0 nothing moves
+                return partition.moved(self.params, torch.where(sizes > 0, factor * scale / norms, 0.0), g)
         return self.points(self.steepest(self.pull(g), fill), factor)
 
     @cached_property
