@@ -27,7 +27,7 @@ from benchmarks.hessians import Problem, Products, cross_entropy, lenet, percept
 from benchmarks.paired import Case, Missing, Run, needing
 from bnsharp import params as P
 
-SEEDS = 10
+SEEDS = 25
 GRID = (6, 9, 12, 18, 24, 36, 48, 72, 96, 144, 192, 288, 384, 576)
 """Budgets of a trace; each is divided by three (Hutch++) and by two (XTrace)."""
 STEPS = tuple(range(1, 13)) + tuple(range(14, 61, 2))
@@ -79,12 +79,12 @@ class Remembering(bnsharp.Objective):
 
 
 def our_trace(objective: bnsharp.Objective) -> Own:
-    """Half of the products for the sharpest directions, half for draws."""
+    """A third of the products for the sharpest directions, the others for draws."""
     theta = bnsharp.parameters(objective.module)
 
     def run(budget: int, seed: int) -> float:
-        sampling = bnsharp.Sampling(promote=False, rounding="modelled", deflate=budget // 2)
-        measure = bnsharp.measures.hessian_trace(draws=budget - budget // 2)
+        sampling = bnsharp.Sampling(promote=False, rounding="modelled", deflate=budget // 3)
+        measure = bnsharp.measures.hessian_trace(draws=budget - budget // 3)
         return measure(objective, theta, torch.Generator().manual_seed(seed), sampling).value
 
     return run
@@ -205,7 +205,7 @@ def peer(package: str, estimate: Estimator, own: Callable[[Problem], Own], *grid
 
 XTRACE, EIGSH = partial(seeded, xtrace), arpack_by_place
 TRACES: dict[str, Method] = {
-    "ours": ours(our_trace, (GRID, 6)),
+    "ours": ours(our_trace, (GRID, 3)),
     "PyHessian, Hutchinson": Method("pyhessian", None, partial(pyhessian_own, "trace")),
     "curvlinops, XTrace": peer("curvlinops", XTRACE, partial(curvlinops_own, XTRACE)),
     "hessian-eigenthings, Hutch++": peer(
