@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import Parser, available, duration, measuring, positive
+from benchmarks.arguments import Parser, available, duration, measuring, positive, settle
 from benchmarks.paired import LEAST, Case, measure
 from benchmarks.progress import Progress
 from benchmarks.tables import HEAD, rows
@@ -166,7 +166,7 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print as it goes, and write; the exit code."""
     given = parser().parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    settle(given.threads)
     cases, lacking = find_cases()
     chosen = [case for case in cases if not given.words or any(word in case.name for word in given.words)]
     if not chosen:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from bnsharp.allocator import keep_freed_memory
+
 OUT = Path("benchmarks") / "results"
 
 
@@ -43,6 +45,16 @@ def timing(command: str, description: str | None, rounds: int) -> Parser:
     made = measuring(command, description)
     made.add_argument("--rounds", type=positive, default=rounds, metavar="N", help=f"of timing (default: {rounds})")
     return made
+
+
+def settle(threads: int) -> None:
+    """What every process that measures does first: so many threads, and freed memory is kept.
+
+    Pages that the system clears anew in every pass took up to 40% of both sides' times, and more in one round than in
+    another.
+    """
+    torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def positive(text: str) -> int:

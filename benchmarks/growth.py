@@ -23,7 +23,7 @@ from torch import nn
 
 import bnsharp
 from benchmarks.__main__ import machine
-from benchmarks.arguments import timing
+from benchmarks.arguments import settle, timing
 from benchmarks.paired import Case, Run, measure
 from benchmarks.tables import table
 from bnsharp.algorithms import algorithm
@@ -111,7 +111,7 @@ def worker(what: str, rounds: int) -> None:
     """What each process of a job does; the first prints the median of the seconds."""
     from bnsharp.distributed import joined
 
-    torch.set_num_threads(1)
+    settle(1)
     with joined() as ranks:
         run = WHAT[what](ranks=ranks, batch=RANKS_BATCH)
         times = measure(Case(what, lambda: {what: run}, rounds=rounds, memory=False)).times[what]
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=FIGURE, metavar="FILE", help=f"(default: {FIGURE})")
     parser.add_argument("--worker", choices=WHAT, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    settle(given.threads)
     if given.worker is not None:
         worker(given.worker, given.rounds)
         return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bnsharp
 from benchmarks.__main__ import machine
-from benchmarks.arguments import timing
+from benchmarks.arguments import settle, timing
 from benchmarks.paired import Case, Run, measure
 from benchmarks.sampling import KINDS, shares
 from benchmarks.tables import table
@@ -128,7 +128,7 @@ def line(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Profile every subject, print a table, write the JSON."""
     given = timing("benchmarks.profile", __doc__, ROUNDS).parse_args()
-    torch.set_num_threads(given.threads)
+    settle(given.threads)
     found = []
     print(table(HEAD, []), flush=True)
     for network in NETWORKS:

@@ -38,10 +38,14 @@ def alone(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def told(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that is interrupted while it says nothing of that itself (imports, reading data): one line."""
+    """A command in a process of its own; interrupted while it says nothing of that itself (imports, reading data): one
+    line."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
+        from bnsharp.allocator import keep_freed_memory
+
+        keep_freed_memory()
         try:
             command(*arguments, **options)
         except KeyboardInterrupt:

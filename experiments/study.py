@@ -208,8 +208,11 @@ _ticks: Any = None
 
 
 def _start_worker(ticks: Any) -> None:
+    from bnsharp.allocator import keep_freed_memory
+
     global _ticks
     _ticks = ticks
+    keep_freed_memory()
     ticks.cancel_join_thread()  # a worker ends although nobody reads any more
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

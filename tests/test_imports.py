@@ -25,7 +25,8 @@ FOLDERS = {
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),  # errors import nothing, so that a command can fail without torch
     # of arguments; files, random states, signals, ranks; kernels
-    ("checks", "files", "randomness", "stopping", "exchange", "convolutions", "lockstep", "stacked"),
+    ("checks", "files", "randomness", "stopping", "exchange", "convolutions", "lockstep", "stacked",
+     "allocator"),
     # engines: one point or several
     ("params", "checkpoint", "schedules", "quadrature", "divergence", "engines", "stacked_optimizers"),
     ("structure", "grids", "choosing"),  # one walk over a module; points on lines; the fastest engine
