@@ -204,7 +204,7 @@ def peer(package: str, estimate: Estimator, own: Callable[[Problem], Own], *grid
 
 
 XTRACE, EIGSH = partial(seeded, xtrace), arpack_by_place
-TRACES: dict[str, Method] = {
+PEERS: dict[str, Method] = {
     "PyHessian, Hutchinson": Method("pyhessian", None, partial(pyhessian_own, "trace")),
     "curvlinops, XTrace": peer("curvlinops", XTRACE, partial(curvlinops_own, XTRACE)),
     "hessian-eigenthings, Hutch++": peer(
@@ -272,7 +272,7 @@ class Trials:
         return self.products[0].asked - before
 
 
-@lru_cache(maxsize=len(TRACES) + 1)
+@lru_cache(maxsize=len(PEERS) + 1)
 def trials(method: Method, problem: Problem) -> Trials:
     """Kept for the cases of one problem that follow each other, not for all."""
     return Trials(method, problem)
@@ -327,9 +327,14 @@ def alternatives(
     return made
 
 
+def traces(share: int) -> dict[str, Method]:
+    """The methods for a trace, ours with one product in ``share`` for directions."""
+    return {"ours": ours(partial(our_trace, share), (GRID, 3)), **PEERS}
+
+
 def trace_case(name: str, make: Callable[[], Problem], share: int, error: float) -> Case:
     """The more accurate, the more directions pay."""
-    return case(name, {"ours": ours(partial(our_trace, share), (GRID, 3)), **TRACES}, make, "trace", error)
+    return case(name, traces(share), make, "trace", error)
 
 
 def case(name: str, methods: Mapping[str, Method], make: Callable[[], Problem], what: str, error: float) -> Case:

@@ -274,7 +274,7 @@ def test_references_are_those_of_the_dense_hessian(problem):
         with_references(made.module, made.batch, 2, 3)
 
 
-@pytest.mark.parametrize("method", [curvature.TRACES["ours"], curvature.TOPS["ours"],
+@pytest.mark.parametrize("method", [curvature.traces(2)["ours"], curvature.TOPS["ours"],
                                     curvature.TOPS["PyHessian, power iteration"]], ids=["trace", "top", "power"])
 def test_larger_budgets_extend_smaller_ones(method, problem):
     """The values of operators that remember nothing, and no product beyond the largest budget."""
