@@ -6,9 +6,8 @@ random stream. Batches and augmentation draw from the generators passed in. The 
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from bnsharp.checks import suggest, whole
 from bnsharp.errors import InputError
+from bnsharp.ordering import stratified_order
 
 Pair = tuple[Tensor, Tensor]
 """Images and labels: uint8 ``[N, C, H, W]`` (float32 once normalised) and int64 ``[N]``."""
@@ -158,39 +158,6 @@ class ImageData:
         return replace(self, train_labels=torch.where(chosen, labels, self.train_labels), noisy=noisy)
 
 
-def epoch_indices(n: int, batch_size: int, generator: torch.Generator, drop_last: bool = True) -> Iterator[Tensor]:
-    """Batches of indices, int64 ``[batch_size]``, of one shuffled pass over ``n`` examples.
-
-    The permutation is drawn at the call, on the generator's device. A last batch that is not full is dropped unless
-    ``drop_last`` is false. Raises :class:`InputError` if ``batch_size`` exceeds ``n``.
-    """
-    if whole("batch_size", batch_size) > n:
-        raise InputError(f"batch_size={batch_size} for {n} examples; expected at most {n}: lower batch_size")
-    batches = torch.split(torch.randperm(n, generator=generator, device=generator.device), batch_size)
-    return iter(batches[: n // batch_size] if drop_last else batches)
-
-
-def endless_indices(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Full batches, one shuffled epoch after another, for independent second batches; raises at the call."""
-    later = (epoch_indices(n, batch_size, generator) for _ in itertools.count())
-    return itertools.chain(epoch_indices(n, batch_size, generator), itertools.chain.from_iterable(later))
-
-
-def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A random permutation ``[N]`` whose every prefix holds the classes nearly in proportion.
-
-    The i-th example (from 0, in random order) of a class of n_c comes at ``(i + 1/2) / n_c``, ties at random: the
-    divisor method of Sainte-Laguë 1910. So a subset is a prefix, and a smaller subset is part of a larger one.
-    """
-    shuffled = torch.randperm(len(labels), generator=generator)
-    labels = labels[shuffled]
-    counts = torch.bincount(labels)
-    grouped = labels.argsort(stable=True)
-    rank = torch.empty(len(labels), dtype=torch.float64)
-    rank[grouped] = (torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[grouped]]).double()
-    return shuffled[((rank + 0.5) / counts[labels]).argsort(stable=True)]
-
-
 @dataclass(frozen=True)
 class DatasetSpec:
     """A registered data set: ``loader(root, download)`` reads it, ``train_size`` is a pool's default split."""
@@ -210,6 +177,7 @@ def load(
     label_noise: float = 0.0,
     seed: int = 0,
     train_size: int | None = None,
+    validation: float = 0.0,
     image_size: int | tuple[int, int] | None = None,
     download: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -224,6 +192,8 @@ def load(
         seed: decides split, subset, order of the training images and label noise. Which test images come first does
             not depend on it, unless a pool is split.
         train_size: keep a stratified subset of the training images; where a pool is split, the rest is for testing.
+        validation: this fraction of the training images (after ``train_size``), nearly stratified, takes the test
+            images' place and is not trained on: to choose settings without a look at the test set. Their labels stay.
         image_size: resize to ``(H, W)`` or a square, in pixels; bilinear with antialiasing.
         download: fetch a named set that is missing.
         progress: called with the number of images decoded so far and their total, after each image of a folder.
@@ -251,12 +221,26 @@ def load(
     kept = train_size or default or most
     if kept > most:
         raise InputError(f"train_size={kept} of {name}; expected at most {most}: lower train_size")
+    held = _held_out(validation, kept)
     later = order[kept:] if test is None else stratified_order(test[1], _stream(0, _TEST_ORDER))
-    train = _resize(pool[0][order[:kept]], size), pool[1][order[:kept]]
+    if held:
+        test, later = pool, order[kept - held : kept]
+    train = _resize(pool[0][order[: kept - held]], size), pool[1][order[: kept - held]]
     test = _resize((test or pool)[0][later], size), (test or pool)[1][later]
     mean, std = _moments(train[0])
     data = ImageData(name, *train, *test, classes, mean, std, augmentation if augment else Augmentation())
     return data.with_label_noise(label_noise, seed) if label_noise else data
+
+
+def _held_out(fraction: float, n: int) -> int:
+    """How many of n training images are held out."""
+    if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 <= fraction < 1:
+        raise InputError(f"validation={fraction!r}; expected a fraction of the training images from 0 to below 1")
+    held = round(fraction * n)
+    if fraction and not 0 < held < n:
+        raise InputError(f"validation={fraction!r} of {n} training images: {n - held} for training, {held} for "
+                         "validation; expected at least one of each")
+    return held
 
 
 def _load_digits(root: Path, download: bool) -> RawData:

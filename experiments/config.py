@@ -150,7 +150,7 @@ CONTRADICTIONS: tuple[tuple[Callable[[RunConfig], bool], Callable[[RunConfig], s
 """What settings cannot be together, each with its one line."""
 
 
-DATA_OPTIONS = ("label_noise", "train_size", "augment", "image_size", "root", "download")
+DATA_OPTIONS = ("label_noise", "train_size", "validation", "augment", "image_size", "root", "download")
 
 
 def shortcuts() -> dict[str, str]:

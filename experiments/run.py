@@ -17,7 +17,7 @@ from bnsharp.algorithms import Algorithm, algorithm, find
 from bnsharp.checkpoint import CHECKPOINT, CONFIG, SUMMARY, RunFolder
 from bnsharp.checkpoint import load as load_checkpoint
 from bnsharp.checks import flag, unknown
-from bnsharp.data import ImageData, epoch_indices, load
+from bnsharp.data import ImageData, load
 from bnsharp.distributed import SINGLE, SMALLEST_SHARE, Ranks, own_device
 from bnsharp.errors import InputError
 from bnsharp.experiments import recipe, recording, tracking
@@ -26,6 +26,7 @@ from bnsharp.experiments.networks import network
 from bnsharp.experiments.objectives import MEASURED_AT_ONCE, objective_of, probe_batch
 from bnsharp.groups import ScaleGroups, scale_groups
 from bnsharp.objective import Objective
+from bnsharp.ordering import epoch_indices
 from bnsharp.params import parameters
 from bnsharp.trainer import Evaluation, Result, Trainer
 from bnsharp.training_objective import TrainingObjective

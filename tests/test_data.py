@@ -20,8 +20,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from bnsharp.data import DATASETS, Augmentation, ImageData, endless_indices, epoch_indices, load, stratified_order
+from bnsharp.data import DATASETS, Augmentation, ImageData, load
 from bnsharp.errors import InputError
+from bnsharp.ordering import endless_indices, epoch_indices, stratified_order
 
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels", "mean", "std")
 
@@ -110,6 +111,24 @@ def test_smaller_subsets_are_parts_of_larger_ones_whatever_order_files_are_liste
     assert torch.equal(few.train_images, load(folder).train_images[:6])
     assert torch.equal(few.test_images, load(folder, seed=9).test_images)
     assert torch.bincount(few.train_labels).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["a pool", "a folder"])
+def test_validation_images_are_held_out_of_the_training_images(folder, pooled):
+    source, n, held = ("digits", 800, 200) if pooled else (folder, 15, 4)
+    whole, data = load(source, seed=2), load(source, seed=2, validation=0.25)
+    assert (len(data.train_labels), len(data.test_labels)) == (n - held, held)
+    assert torch.equal(torch.cat([data.train_images, data.test_images]), whole.train_images)
+    assert torch.equal(torch.cat([data.train_labels, data.test_labels]), whole.train_labels)
+    share = torch.bincount(whole.train_labels).double() * held / n
+    assert (torch.bincount(data.test_labels, minlength=len(data.classes)) - share).abs().max() <= 1
+    assert not torch.equal(data.mean, whole.mean)  # of the images that are trained on
+
+
+def test_labels_of_validation_images_are_not_replaced():
+    clean, noisy = load("digits", validation=0.5), load("digits", validation=0.5, label_noise=1.0)
+    assert torch.equal(clean.test_labels, noisy.test_labels)
+    assert not torch.equal(clean.train_labels, noisy.train_labels)
 
 
 def test_normalised_training_set_has_mean_0_and_std_1(folder):
@@ -354,6 +373,9 @@ def explained(message: str, call, *args, **kwargs) -> None:
         ("digits", {"label_noise": float("nan")}, "label noise nan"),
         ("digits", {"train_size": 1797}, "at most 1796"),
         ("digits", {"train_size": 0}, "train_size=0"),
+        ("digits", {"validation": 1.0}, "validation=1.0; expected a fraction"),
+        ("digits", {"validation": True}, "validation=True"),
+        ("digits", {"validation": 1e-4}, "800 for training, 0 for validation"),
         ("digits", {"seed": -1}, "seed=-1"),
         ("digits", {"image_size": 0}, "image_size=0"),
         ("digits", {"image_size": (3, 4, 5)}, r"image_size=\(3, 4, 5\)"),

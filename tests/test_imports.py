@@ -54,7 +54,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """A module imports from strictly lower layers only, so modules of one layer do not know each other."""
 
-FEED: dict[str, set[str]] = {"resnets": set(), "models": {"resnets"}, "data": set()}
+FEED: dict[str, set[str]] = {"resnets": set(), "models": {"resnets"}, "data": {"ordering"},
+                             "ordering": set()}
 """These know only errors, checks and the modules named here, and only experiments and cli know them."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
