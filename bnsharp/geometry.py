@@ -106,7 +106,8 @@ class Scale(Protocol):
     """``θ ↦ s(θ)``, tensors that broadcast against each parameter; differentiable in θ: ``v = s(θ) ⊙ u``.
 
     One that is constant on each group of a partition may say so by ``by_group(partition, θ)``: its values ``[K]``, or
-    None for groups on which it is not. Steepest points then take one pass over the parameters.
+    None for groups on which it is not. Steepest points then take one pass over the parameters. A class derived from one
+    that does, and which is another function, gives another ``by_group`` too, or sets it to None.
     """
 
     def __call__(self, params: Params) -> Params: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -22,12 +21,6 @@ def epoch_indices(n: int, batch_size: int, generator: torch.Generator, drop_last
         raise InputError(f"batch_size={batch_size} for {n} examples; expected at most {n}: lower batch_size")
     batches = torch.split(torch.randperm(n, generator=generator, device=generator.device), batch_size)
     return iter(batches[: n // batch_size] if drop_last else batches)
-
-
-def endless_indices(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Full batches, one shuffled epoch after another, for independent second batches; raises at the call."""
-    later = (epoch_indices(n, batch_size, generator) for _ in itertools.count())
-    return itertools.chain(epoch_indices(n, batch_size, generator), itertools.chain.from_iterable(later))
 
 
 def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
